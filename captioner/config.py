@@ -1,0 +1,445 @@
+"""Every setting of captioner, as frozen pydantic models. Imports no torch.
+
+One resolved :class:`Config` serves all commands. Precedence: defaults < the run's own config
+< TOML file < ``--section.field value`` on the command line.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+
+from captioner.errors import ConfigError
+
+
+class Section(BaseModel):
+    """Unknown fields are errors, values never change, and each field's docstring is its help text."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class ModelConfig(Section):
+    path: str = "scenes-base"
+    """Checkpoint directory of a Qwen-VL family model; `scenes-base` is the shipped one."""
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
+    """Number format of the weights; `auto` = bfloat16 on CUDA, float32 elsewhere."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where the model runs; `auto` = CUDA if there is one, then MPS, then CPU."""
+
+
+class ViewsConfig(Section):
+    """How an image is cut into views; kept in a captioner's config.json."""
+
+    levels: tuple[Annotated[int, Field(ge=1)], ...] = Field((1, 2), min_length=1)
+    """Grid of each level: 1 = the whole image, 2 = four quadrants, 3 = nine tiles."""
+    center: bool = True
+    """Add the centre crop, as large as a tile of the finest level."""
+    size: int | None = Field(None, ge=16)
+    """Side of a square view, pixels; others keep the area. None = what the checkpoint says, else 448."""
+    overlap: float = Field(0.0, ge=0.0, lt=0.5)
+    """Share of a tile's side that it reaches into its neighbours; 0 = none."""
+    tags: bool = True
+    """Name each view in the prompt (`whole`, `top left`, ...); false = order alone tells."""
+
+
+class ViewsOverride(Section):
+    """The views a checkpoint was trained with, but for what is set here."""
+
+    levels: tuple[Annotated[int, Field(ge=1)], ...] | None = Field(None, min_length=1)
+    """Grid of each level: 1 = the whole image, 2 = quadrants, ... None = the checkpoint's, else 1,2."""
+    center: bool | None = None
+    """Add the centre crop, as large as a tile of the finest level. None = the checkpoint's, else true."""
+    size: int | None = Field(None, ge=16)
+    """Side of a square view, pixels; others keep the area. None = the checkpoint's, else 448."""
+    overlap: float | None = Field(None, ge=0.0, lt=0.5)
+    """Share of a tile's side that it reaches into its neighbours. None = the checkpoint's, else 0."""
+    tags: bool | None = None
+    """Name each view in the prompt (`whole`, `top left`, ...). None = the checkpoint's, else true."""
+
+    def over(self, views: ViewsConfig) -> ViewsConfig:
+        """``views`` with the fields that are set here."""
+        return views.model_copy(update=self.model_dump(exclude_none=True))
+
+
+class TrainingConfig(Section):
+    steps: int = Field(200, ge=1)
+    """Optimizer steps."""
+    batch_size: int = Field(16, ge=1)
+    """Images (pairs for DPO) a device sees at once."""
+    accumulation: int = Field(1, ge=1)
+    """Batches per optimizer step."""
+    learning_rate: float = Field(1e-3, gt=0)
+    """Peak rate of AdamW, reached after the warm-up; cosine to zero after it."""
+    warmup: float = Field(0.05, ge=0, lt=1)
+    """Share of the steps that warm up."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay of AdamW; 0 = off."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Gradient norm above which gradients are scaled down."""
+    save_steps: int = Field(50, ge=1)
+    """Steps between resumable checkpoints."""
+    log_steps: int = Field(10, ge=1)
+    """Steps between lines of metrics.jsonl."""
+    seed: int = 0
+    """Seed of data order, initial weights and dropout."""
+
+
+class AdapterTuning(Section):
+    type: Literal["adapters"] = "adapters"
+    """What is trained: `adapters` in a frozen base, or `full` for every weight."""
+    vision_width: int = Field(32, ge=0)
+    """Inner units of the adapter of each vision layer; 0 = none there."""
+    language_width: int = Field(64, ge=0)
+    """Inner units of the adapter of each language layer; 0 = none there."""
+    placement: Literal["parallel", "sequential"] = "parallel"
+    """`parallel` fuses into a stock checkpoint; `sequential` is the classic kind and cannot be exported."""
+
+
+class FullTuning(Section):
+    type: Literal["full"] = "full"
+    """What is trained: `adapters` in a frozen base, or `full` for every weight."""
+    init: Literal["pretrained", "random"] = "pretrained"
+    """`random` draws new weights for the checkpoint's architecture."""
+
+
+Tuning = Annotated[AdapterTuning | FullTuning, Field(discriminator="type")]
+
+
+class SoftPromptConfig(Section):
+    length: int = Field(8, ge=0)
+    """Learned tokens that stand where the caption prompt would; 0 = off."""
+    init: str | None = None
+    """Text whose tokens they start from (repeated to fill); None = the caption prompt."""
+
+
+class SFTConfig(Section):
+    data: tuple[str, ...] = ("scenes:sft:512",)
+    """Image folders with captions, or `scenes:SPLIT:COUNT`."""
+    validation: str | None = "scenes:validation:64"
+    """Folder or scenes for the validation loss; None = off."""
+    columns: tuple[Literal["shorthand", "prose", "questions"], ...] = ("shorthand",)
+    """What is learned of each row: its shorthand caption (`text`), its prose caption, its questions."""
+    questions_per_image: int = Field(8, ge=1)
+    """Questions drawn per image and epoch where `columns` has questions."""
+    multi_view_share: float = Field(1.0, ge=0, le=1)
+    """Share of the rows that show all views; the others show the whole view only."""
+    tuning: Tuning = AdapterTuning()
+    soft_prompt: SoftPromptConfig = SoftPromptConfig()
+    training: TrainingConfig = TrainingConfig()
+
+
+class QAConfig(Section):
+    data: str = "scenes:qa:512"
+    """Image folder with yes/no questions, or `scenes:SPLIT:COUNT`."""
+    questions_per_image: int = Field(16, ge=2)
+    """Questions drawn per image and step; they share the image's forward pass."""
+    holdout: float = Field(0.15, gt=0, lt=1)
+    """Share of the images kept for measuring accuracy; split by image."""
+    language_width: int = Field(64, ge=1)
+    """Inner units of the QA adapter of each language layer."""
+    training: TrainingConfig = TrainingConfig(steps=150)
+
+
+class SamplingConfig(Section):
+    temperature: float = Field(1.0, ge=0)
+    """0 = greedy."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Smallest set of tokens with this probability mass; 1 = all."""
+    max_tokens: int = Field(160, ge=1)
+    """Longest caption in tokens, the end token included."""
+    seed: int = 0
+    """Every row's seed is derived from this, its image and its sample number."""
+
+
+class EngineConfig(Section):
+    type: Literal["hf"] = "hf"
+    """`hf` = transformers on this machine."""
+    batch_size: int = Field(64, ge=1)
+    """Sequences per forward pass."""
+
+
+class GoldenConfig(Section):
+    images: str = "scenes:round:256"
+    """Unlabelled images of the round. Round N of `scenes:...` takes its own part."""
+    samples: int = Field(6, ge=1)
+    """Captions sampled per image."""
+    sampling: SamplingConfig = SamplingConfig()
+    keep: float = Field(0.6, gt=0, lt=1)
+    """P(yes) from which a claim is kept."""
+    drop: float = Field(0.4, gt=0, lt=1)
+    """P(yes) below which a claim is dropped; between the two it abstains."""
+    abstain: Literal["majority", "leave_out", "keep"] = "majority"
+    """An abstained claim stays if most samples state it, is left out, or stays."""
+    max_questions: int = Field(120, ge=1)
+    """Claims asked about per image; the rarest leave first and are counted."""
+    max_tokens: int = Field(150, ge=1)
+    """Token budget of a golden caption; the least certain claims leave first."""
+    shard_rows: int = Field(32, ge=1)
+    """Images per published shard."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.drop > self.keep:
+            raise ValueError("drop must not lie above keep")
+        return self
+
+
+class PairsConfig(Section):
+    rejected_per_image: int = Field(2, ge=1)
+    """Own samples set against each golden caption, those with most refuted claims first."""
+    min_refuted: int = Field(1, ge=0)
+    """Refuted claims a rejected sample must hold."""
+
+
+class DPOConfig(Section):
+    beta: float = Field(0.1, gt=0)
+    """Strength of the pull to the reference, Rafailov et al. 2023, eq. 7."""
+    ce_weight: float = Field(1.0, ge=0)
+    """Weight of the cross-entropy on the chosen caption (token mean)."""
+    golden_sft_steps: int = Field(40, ge=0)
+    """SFT steps on golden captions before DPO; the result is the round's reference. 0 = off."""
+    golden_sft_learning_rate: float = Field(1e-3, gt=0)
+    """Peak rate of that SFT."""
+    tuning: AdapterTuning = AdapterTuning()
+    training: TrainingConfig = TrainingConfig(steps=40, batch_size=8, learning_rate=3e-4, save_steps=20)
+
+
+class EvaluateConfig(Section):
+    data: str = "scenes:test:200"
+    """Held-out images of the final table."""
+    max_tokens: int = Field(160, ge=1)
+    """Longest caption in tokens; decoding is greedy."""
+    bootstrap: int = Field(2000, ge=100)
+    """Resamples of the confidence intervals, drawn over images."""
+
+
+class GateConfig(Section):
+    data: str = "scenes:validation:128"
+    """Held-out images on which a round is compared with its start."""
+    max_recall_loss: float = Field(0.02, ge=0)
+    """Recall a round may lose (upper end: 1 = all)."""
+    min_ended: float = Field(0.99, ge=0, le=1)
+    """Share of captions that must end by themselves."""
+
+
+class CaptionConfig(Section):
+    checkpoint: str | None = None
+    """Captioner to use; None = the newest promoted one of the run."""
+    sampling: SamplingConfig = SamplingConfig(temperature=0.0)
+    shard_rows: int = Field(256, ge=1)
+    """Images per published shard."""
+
+
+class Config(Section):
+    """The whole of a run."""
+
+    seed: int = 0
+    """Base of every seed; each section's own seed is added to it."""
+    max_failed: float = Field(0.05, ge=0, le=1)
+    """Share of rows that may fail before a stage exits 3."""
+    model: ModelConfig = ModelConfig()
+    views: ViewsOverride = ViewsOverride()
+    engine: EngineConfig = EngineConfig()
+    sft: SFTConfig = SFTConfig()
+    qa: QAConfig = QAConfig()
+    golden: GoldenConfig = GoldenConfig()
+    pairs: PairsConfig = PairsConfig()
+    dpo: DPOConfig = DPOConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    gate: GateConfig = GateConfig()
+    caption: CaptionConfig = CaptionConfig()
+
+
+def load(
+    toml: Path | None = None, overrides: Mapping[str, str] | None = None, base: Config | None = None
+) -> Config:
+    """Resolve a config: defaults (or ``base``, the run's own) < ``toml`` < ``overrides``.
+
+    ``overrides`` maps dotted fields to their text as typed (``{"dpo.beta": "0.1"}``). The text ``none``
+    stands for None where a field may be None, and a comma separates the members of a tuple; both hold in
+    TOML too. Raises ConfigError naming the field, where it stands and the nearest known field.
+    """
+    merged = (base or Config()).model_dump(mode="json")
+    origins: dict[str, str] = {}
+    if toml is not None:
+        tree, lines = _read_toml(toml)
+        for name, value in _leaves(tree):
+            _put(merged, name, value, f"{toml} line {lines[name]}" if name in lines else str(toml), origins)
+    # a `type` picks the kind of its section, so it comes before that section's other fields
+    for name, text in sorted(
+        (overrides or {}).items(), key=lambda item: item[0].rpartition(".")[2] != "type"
+    ):
+        _put(merged, name, text, f"--{name} {text}", origins)
+    return _validate(merged, origins)
+
+
+def load_json(path: Path) -> Config:
+    """Read a config that :class:`captioner.runs.Run` stored. Raises ConfigError."""
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read the stored config: {error}", where=str(path)) from error
+    return _validate(tree, {"": str(path)})
+
+
+def fields(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every leaf of a section as (dotted name, field); of a section of several kinds, the fields of each."""
+    seen: set[str] = set()
+    for name, info in section.model_fields.items():
+        kinds = _kinds(info.annotation)
+        if not kinds:
+            yield prefix + name, info
+            continue
+        for kind in kinds:
+            for dotted, leaf in fields(kind, f"{prefix}{name}."):
+                if dotted not in seen:
+                    seen.add(dotted)
+                    yield dotted, leaf
+
+
+def values(section: BaseModel, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Every leaf of a config value as (dotted name, value)."""
+    for name in type(section).model_fields:
+        value = getattr(section, name)
+        if isinstance(value, BaseModel):
+            yield from values(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def shown(value: object) -> str:
+    """A field's value as it is typed on the command line."""
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+
+
+def _kinds(annotation: object) -> list[type[BaseModel]]:
+    """The section classes an annotation allows; empty for a plain value."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [kind for part in get_args(annotation) for kind in _kinds(part)]
+
+
+def _known() -> dict[str, FieldInfo]:
+    return dict(fields())
+
+
+def _nearest(name: str) -> str:
+    known = list(_known())
+    leaf = name.rpartition(".")[2]
+    same_leaf = [other for other in known if other.rpartition(".")[2] == leaf]
+    near = difflib.get_close_matches(name, same_leaf or known, n=1, cutoff=0.0 if same_leaf else 0.6)
+    if not near:
+        leaves = {other.rpartition(".")[2]: other for other in reversed(known)}
+        near = [leaves[hit] for hit in difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.6)]
+    return near[0] if near else ""
+
+
+def _unknown(name: str, where: str) -> ConfigError:
+    near = _nearest(name)
+    mend = f"did you mean {near}?" if near else "`captioner COMMAND --help` lists the fields"
+    return ConfigError(f"unknown field {name}", where=where, mend=mend)
+
+
+def _read_toml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
+    """The tree of a TOML file, and the line of each field where it can be told."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        tree = tomllib.loads(text)
+    except OSError as error:
+        raise ConfigError(f"cannot read the config file: {error.strerror}", where=str(path)) from error
+    except ValueError as error:  # TOMLDecodeError and UnicodeDecodeError
+        raise ConfigError(f"not a TOML file: {error}", where=str(path)) from error
+    lines: dict[str, int] = {}
+    table = ""
+    for number, line in enumerate(text.splitlines(), 1):
+        if header := re.match(r"\s*\[([\w.\-]+)\]", line):
+            table = header[1] + "."
+        elif key := re.match(r"\s*([\w.\-]+)\s*=", line):
+            lines.setdefault(table + key[1], number)
+    return tree, lines
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of a TOML tree; `type` first, since it picks the kind of its section."""
+    for name, value in sorted(tree.items(), key=lambda item: item[0] != "type"):
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _put(merged: dict[str, Any], name: str, value: Any, where: str, origins: dict[str, str]) -> None:
+    """Set one field in the tree of raw values, and remember where it stood."""
+    info = _known().get(name)
+    if info is None:
+        inner = [other for other in _known() if other.startswith(name + ".")]
+        if inner:
+            raise ConfigError(
+                f"{name} is a section, not a field", where=where, mend=f"set one of {', '.join(inner)}"
+            )
+        raise _unknown(name, where)
+    *sections, leaf = name.split(".")
+    tree = merged
+    for section in sections:
+        tree = tree.setdefault(section, {})
+    if isinstance(value, str):
+        value = _from_text(value, info)
+    if leaf == "type" and value != tree.get("type"):
+        tree.clear()  # another kind of section has other fields: it starts from its own defaults
+    tree[leaf] = value
+    origins[name] = where
+
+
+def _from_text(text: str, info: FieldInfo) -> Any:
+    """A field's raw value from text: None and tuples here, numbers and choices by pydantic."""
+    kinds = (info.annotation, *get_args(info.annotation))
+    if type(None) in kinds and text.lower() == "none":
+        return None
+    if any(get_origin(kind) is tuple for kind in kinds):
+        return [part.strip().strip("'\"") for part in text.strip().strip("[]").split(",") if part.strip()]
+    return text
+
+
+def _validate(tree: Any, origins: Mapping[str, str]) -> Config:
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+    known = _known()
+    name = ""
+    for part in first["loc"]:  # pydantic also names the kind of a tagged section and the index in a tuple
+        dotted = f"{name}.{part}".lstrip(".")
+        if any(other == dotted or other.startswith(dotted + ".") for other in known):
+            name = dotted
+    if first["type"] == "extra_forbidden":
+        if name not in known:
+            unknown = f"{name}.{first['loc'][-1]}".lstrip(".")
+            raise _unknown(unknown, origins.get("", ""))
+        kind = name.rpartition(".")[0] + ".type"
+        raise ConfigError(
+            f"{name} is not a field of that {kind}",
+            where=origins.get(name) or origins.get("", ""),
+            mend=f"set {kind} too, or leave {name} out",
+        )
+    value = first["input"]
+    if first["type"] == "union_tag_invalid":
+        name, value = f"{name}.type", value["type"]
+    where = (
+        origins.get(name)
+        or origins.get("")
+        or ", ".join(w for n, w in origins.items() if n.startswith(name + "."))
+    )
+    shown = "" if isinstance(value, dict) else f" = {value!r}"
+    mend = known[name].description if name in known else None
+    reason = first["msg"].removeprefix("Value error, ")
+    raise ConfigError(f"{name}{shown}: {reason}", where=where, mend=mend or "")

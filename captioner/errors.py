@@ -1,0 +1,45 @@
+"""Errors a person can mend: what is wrong, where, and the command that mends it."""
+
+
+class CaptionerError(Exception):
+    """Base of every typed error. ``exit_code`` is what the command line returns."""
+
+    exit_code = 2
+
+    def __init__(self, what: str, *, where: str = "", mend: str = ""):
+        self.what, self.where, self.mend = what, where, mend
+        super().__init__(str(self))
+
+    def __str__(self) -> str:
+        lines = [self.what]
+        if self.where:
+            lines.append(f"  where: {self.where}")
+        if self.mend:
+            lines.append(f"  mend:  {self.mend}")
+        return "\n".join(lines)
+
+
+class UserError(CaptionerError):
+    """The user can mend it; the command line prints it without a traceback and exits 2."""
+
+
+class ConfigError(UserError):
+    """A field, file or flag of the configuration."""
+
+
+class DataError(UserError):
+    """An input data set: missing, empty, keys that do not join, hostile."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint: another architecture, missing files, pickled weights."""
+
+
+class RunError(UserError):
+    """A run directory: a missing stage, a stale stage, another configuration."""
+
+
+class Refused(CaptionerError):
+    """A gate refused, or more rows failed than the limit allows; exits 3."""
+
+    exit_code = 3

@@ -1,0 +1,46 @@
+"""Read and write caption data sets; :func:`resolve` turns what a config names into a folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from captioner import scenes
+from captioner.errors import DataError
+from captioner.runs import Run, atomic_dir
+
+SCENES = "scenes:"
+
+
+def parse_scenes(source: str) -> tuple[str, int, int]:
+    """(split, count, offset) of ``scenes:SPLIT:COUNT[:OFFSET]``; :class:`DataError` for anything else."""
+    mend = f"write scenes:SPLIT:COUNT or scenes:SPLIT:COUNT:OFFSET; splits: {', '.join(scenes.SPLITS)}"
+    split, *numbers = source.removeprefix(SCENES).split(":")
+    if split not in scenes.SPLITS:
+        raise DataError(f"no scenes split {split!r}", where=source, mend=mend)
+    if len(numbers) not in (1, 2) or not all(number.isdecimal() for number in numbers):
+        raise DataError("COUNT and OFFSET are whole numbers", where=source, mend=mend)
+    count, offset = int(numbers[0]), int(numbers[1]) if len(numbers) == 2 else 0
+    if count < 1:
+        raise DataError("no scenes asked for", where=source, mend=mend)
+    return split, count, offset
+
+
+def resolve(source: str, run: Run | None = None, *, cache: Path | None = None) -> Path:
+    """The image folder that ``source`` names: a path, or ``scenes:SPLIT:COUNT[:OFFSET]``.
+
+    Scenes are drawn with the run's seed and rendered once, into ``data/`` of the run, or into ``cache`` where
+    there is no run; a killed rendering leaves nothing. Raises :class:`DataError` for scenes that do not
+    exist; a folder's contents are the reader's business.
+    """
+    if not source.startswith(SCENES):
+        return Path(source)
+    split, count, offset = parse_scenes(source)
+    home = run.path / "data" if run is not None else cache
+    if home is None:
+        raise DataError("scenes need a place to be rendered to", where=source, mend="name a --run directory")
+    seed = run.config.seed if run is not None else 0
+    folder = home / (f"{split}-{count}-{offset}" + (f"-seed{seed}" if seed else ""))
+    if not folder.is_dir():
+        with atomic_dir(folder) as temporary:
+            scenes.write(split, count, temporary, offset=offset, seed=seed)
+    return folder

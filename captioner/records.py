@@ -1,0 +1,156 @@
+"""The rows that stages exchange, and their Parquet files.
+
+Every Parquet file carries its record's name and schema version in the file metadata; a file of
+another record or version is refused with a :class:`~captioner.errors.DataError`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict
+
+from captioner.errors import DataError
+
+if TYPE_CHECKING:  # pyarrow takes a third of a second to import
+    import pyarrow as pa
+
+SCHEMA_VERSION = 1
+
+
+class Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Candidate(Record):
+    """One sampled caption of an image."""
+
+    sample: str  # sha256 of the image bytes
+    key: str
+    k: int
+    text: str
+    finish_reason: str  # "stop": ended with the end token; "length": cut by the limit
+    mean_logprob: float
+    tokens: int
+    seed: int
+
+
+class Failed(Record):
+    """An image that a stage of a round could not handle; it is in none of the later stages."""
+
+    sample: str  # sha256 of the image bytes; "" where they could not be read
+    key: str
+    reason: str
+
+
+class Claim(Record):
+    """One statement about an image with the verifier's verdict: the ledger of a round."""
+
+    sample: str
+    key: str
+    text: str
+    kind: str  # kind of fact by the tool LLM ("" where it does not know)
+    candidates: list[int]  # k of the candidates that state it
+    question: str
+    expected: str  # "yes" or "no": the answer that confirms the claim
+    p_yes: float
+    label_mass: float  # probability of "yes" and "no" together among all tokens
+    verdict: str  # "keep", "drop", "abstain"
+    verifier: str  # hash of the verifier checkpoint
+    view: str  # "all", or the tag of the one view that was asked
+
+
+class Golden(Record):
+    """The caption made of an image's confirmed claims."""
+
+    sample: str
+    key: str
+    text: str
+    kept: int
+    dropped: int
+    abstained: int
+    tokens: int
+
+
+class Pair(Record):
+    """chosen is preferred to rejected."""
+
+    sample: str
+    key: str
+    chosen: str
+    rejected: str
+    k: int  # candidate number of the rejected caption
+    refuted_in_rejected: int
+    ref_chosen_logp: float | None = None
+    ref_rejected_logp: float | None = None
+
+
+class CaptionRow(Record):
+    """One image of a captioned data set."""
+
+    id: str  # sha256 of the image bytes; "" where they could not be read
+    key: str
+    caption: str | None
+    finish_reason: str | None
+    tokens: int | None
+    model: str
+    config: str
+    error: str | None = None
+
+
+RecordT = TypeVar("RecordT", bound=Record)
+
+_ARROW_TYPES = {"str": "string", "int": "int64", "float": "float64", "bool": "bool_"}
+
+
+def arrow_schema(record: type[Record]) -> pa.Schema:
+    """The Parquet columns of a record, with its name and schema version as metadata."""
+    import pyarrow as pa
+
+    def column(name: str, annotation: Any) -> pa.Field:
+        plain = [part for part in get_args(annotation) if part is not type(None)]
+        if get_origin(annotation) is list:
+            return pa.field(name, pa.list_(column("item", plain[0]).type), nullable=False)
+        optional = type(None) in get_args(annotation)
+        kind = plain[0] if optional else annotation
+        return pa.field(name, getattr(pa, _ARROW_TYPES[kind.__name__])(), nullable=optional)
+
+    columns = [column(name, info.annotation) for name, info in record.model_fields.items()]
+    return pa.schema(columns, metadata={"record": record.__name__, "schema_version": str(SCHEMA_VERSION)})
+
+
+def write_parquet(path: Path, rows: Iterable[RecordT], record: type[RecordT]) -> None:
+    """Write rows of one kind in their order; the same rows give the same bytes.
+
+    Not atomic by itself: stages publish through :class:`captioner.runs.Shards`.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(
+        pa.Table.from_pylist([row.model_dump() for row in rows], schema=arrow_schema(record)), path
+    )
+
+
+def read_parquet(path: Path, record: type[RecordT]) -> list[RecordT]:
+    """Read the rows of a file of this record; DataError for a damaged file, another record or version."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(path)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise DataError(
+            f"cannot read a Parquet file of {record.__name__}: {error}", where=str(path)
+        ) from error
+    metadata = table.schema.metadata or {}
+    found = (metadata.get(b"record", b"?").decode(), metadata.get(b"schema_version", b"?").decode())
+    wanted = (record.__name__, str(SCHEMA_VERSION))
+    if found != wanted:
+        raise DataError(
+            f"the file holds {found[0]} of schema version {found[1]}, not {wanted[0]} of {wanted[1]}",
+            where=str(path),
+        )
+    return [record.model_validate(row) for row in table.to_pylist()]

@@ -1,0 +1,526 @@
+"""The run directory: stages that are done or not, resumable shards, and atomic publishing.
+
+Nothing here is ever half written: files and directories are made beside their place and renamed into it,
+and a stage's ``stage.json`` comes last. A stage killed at any point continues with the same command.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from functools import cache, lru_cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Generic
+from weakref import WeakValueDictionary
+
+from pydantic import BaseModel
+
+from captioner import __version__
+from captioner.config import Config, load_json
+from captioner.errors import DataError, RunError
+from captioner.records import RecordT, read_parquet, write_parquet
+
+_PACKAGES = ("torch", "transformers", "adapters", "trl", "peft", "datasets", "pyarrow", "pydantic", "vllm")
+
+
+# ---------------------------------------------------------------- hashes and atomic files
+
+
+def row_seed(base: int, *parts: object) -> int:
+    """A stable 31-bit seed of a row: the same on every machine, in every order and batch."""
+    text = json.dumps([base, *map(str, parts)])
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") & 0x7FFFFFFF
+
+
+def hash_path(path: Path) -> str:
+    """sha256 of a file, or of the sorted (relative path, content hash) of the files in a directory.
+
+    Raises RunError if there is nothing at ``path``.
+    """
+    if path.is_file():
+        return _hash_file(path)
+    if not path.is_dir():
+        raise RunError("nothing there to hash", where=str(path))
+    files = sorted((file.relative_to(path).as_posix(), file) for file in path.rglob("*") if file.is_file())
+    return _hash_json([[name, _hash_file(file)] for name, file in files])
+
+
+def config_hash(config: Config) -> str:
+    """sha256 of the resolved config."""
+    return _hash_json(config.model_dump(mode="json"))
+
+
+def _hash_json(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _hash_file(path: Path) -> str:
+    stat = path.stat()
+    return _hash_content(path, stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=4096)
+def _hash_content(path: Path, size: int, mtime_ns: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def _atomic_file(path: Path) -> Generator[Path, None, None]:
+    """Yield a path beside ``path``; what was written there replaces ``path``, synced to disk, on success."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part-{os.getpid()}")
+    try:
+        yield part
+        _sync(part)
+        os.replace(part, path)
+        _sync(path.parent)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def atomic_write_text(path: Path, text: str) -> None:
+    """Write a text file that is there whole or not at all; parent directories are made."""
+    with _atomic_file(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def atomic_write_json(path: Path, value: object) -> None:
+    """Write JSON (finite numbers only) that is there whole or not at all."""
+    atomic_write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+@contextmanager
+def atomic_dir(path: Path) -> Generator[Path, None, None]:
+    """Yield an empty directory beside ``path`` that takes its place on success and goes on failure.
+
+    What was at ``path`` before is replaced. What killed processes left beside it is cleared away.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _clear(path.parent.glob(f".{path.name}.part-*"))
+    part = path.with_name(f".{path.name}.part-{os.getpid()}")
+    part.mkdir()
+    try:
+        yield part
+        for file in part.rglob("*"):
+            _sync(file)
+        remove_dir(path)
+        os.rename(part, path)
+        _sync(path.parent)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def remove_dir(path: Path) -> None:
+    """Remove a directory so that it is never there in part: it is renamed first. Nothing there is fine."""
+    trash = path.with_name(f".{path.name}.trash-{os.getpid()}")
+    _clear(path.parent.glob(f".{path.name}.trash-*"))
+    if path.exists():
+        os.rename(path, trash)
+        shutil.rmtree(trash, ignore_errors=True)
+
+
+def _clear(leftovers: Iterable[Path]) -> None:
+    """Remove what processes that are no more left behind; their id ends the name."""
+    for path in leftovers:
+        pid = int(path.name.rpartition("-")[2])
+        if pid != os.getpid() and _alive(pid):  # ours is a leftover too: in a container ids come again
+            continue
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+# ---------------------------------------------------------------- shards
+
+
+class Shards(Generic[RecordT]):
+    """Numbered Parquet files of one record in a directory, each published by rename."""
+
+    def __init__(self, dir: Path, record: type[RecordT]):
+        self.dir, self.record = dir, record
+
+    def path(self, index: int) -> Path:
+        return self.dir / f"{index:05d}.parquet"
+
+    def has(self, index: int) -> bool:
+        return self.path(index).is_file()
+
+    def write(self, index: int, rows: Iterable[RecordT]) -> None:
+        with _atomic_file(self.path(index)) as part:
+            write_parquet(part, rows, self.record)
+
+    def read(self, index: int) -> list[RecordT]:
+        """The rows of one shard. Raises DataError if it is missing or damaged."""
+        return read_parquet(self.path(index), self.record)
+
+    def read_all(self) -> list[RecordT]:
+        """All rows in order. Raises DataError if a shard is missing between others."""
+        count = len(list(self.dir.glob("[0-9]*.parquet")))
+        missing = [index for index in range(count) if not self.has(index)]
+        if missing:
+            raise DataError(f"shard {missing[0]} is missing", where=str(self.dir), mend="run the stage again")
+        return [row for index in range(count) for row in self.read(index)]
+
+
+# ---------------------------------------------------------------- stages
+
+
+class Stage:
+    """One stage of a run, made by :meth:`Run.stage`.
+
+    ``done`` tells whether ``stage.json`` stands; else work into ``dir`` and call :meth:`finish`.
+    """
+
+    def __init__(self, run: Run, name: str, section: Mapping[str, Any], inputs: Mapping[str, Path]):
+        self.name, self.dir, self.done = name, run.stage_dir(name), False
+        self._made_of = {
+            "section": _plain({"seed": run.config.seed, **section}),
+            "inputs": {key: hash_path(path) for key, path in inputs.items()},
+        }
+        self.lock: _Lock | None = None  # of a stage in work
+        self._inputs = inputs
+        self._start = time.monotonic()
+
+    def begin(self) -> None:
+        """Check what stands in the directory against section and inputs; RunError if it is stale."""
+        standing = next((file for file in ("stage.json", "begun.json") if (self.dir / file).is_file()), None)
+        if standing:
+            stored = _read_json(self.dir / standing)
+            changed = _differences({key: stored[key] for key in self._made_of}, self._made_of)
+            if changed:
+                raise RunError(
+                    f"stage {self.name} is stale: {'; '.join(changed[:3])}",
+                    where=str(self.dir),
+                    mend="add --redo to make it anew, or restore what it was made with",
+                )
+        self.done = standing == "stage.json"
+        if self.done:
+            return
+        _clear(self.dir.rglob(".*.part-*"))
+        _clear(self.dir.parent.glob(f".{self.dir.name}.trash-*"))
+        # from here on a killed stage may be continued, but only with this section and these inputs
+        atomic_write_json(self.dir / "begun.json", self._made_of)
+
+    def finish(
+        self,
+        counts: Mapping[str, int],
+        metrics: Mapping[str, Any] | None = None,
+        device_s: float | None = None,
+        **extra: Any,
+    ) -> None:
+        """Publish ``stage.json``: the stage is done. ``device_s``: by default the wall time (one device)."""
+        wall_s = time.monotonic() - self._start
+        manifest = {
+            "stage": self.name,
+            "finished": _now(),
+            **self._made_of,
+            "input_paths": {key: os.path.relpath(path, self.dir) for key, path in self._inputs.items()},
+            "seeds": _seeds(self._made_of["section"]),
+            "wall_s": round(wall_s, 3),
+            "device_s": round(wall_s if device_s is None else device_s, 3),
+            "counts": dict(counts),
+            "metrics": _plain(metrics or {}),
+            "versions": _versions(),
+            **_plain(extra),
+        }
+        atomic_write_json(self.dir / "stage.json", manifest)
+        self.done, self.lock = True, None
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON has it: sections as mappings, tuples as lists, paths as text."""
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _differences(old: Any, new: Any, name: str = "") -> list[str]:
+    """The leaves that differ, as "section.field: old -> new"."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [*new, *(key for key in old if key not in new)]
+        return [
+            d for key in keys for d in _differences(old.get(key), new.get(key), f"{name}.{key}".lstrip("."))
+        ]
+    if old == new:
+        return []
+    short = [text if len(text) <= 40 else text[:12] + "..." for text in (str(old), str(new))]
+    return [f"{name.removeprefix('section.')}: {short[0]} -> {short[1]}"]
+
+
+def _seeds(section: Any, name: str = "") -> dict[str, int]:
+    """Every field called `seed`, by its dotted name."""
+    if not isinstance(section, dict):
+        return {}
+    own = {f"{name}seed": section["seed"]} if "seed" in section else {}
+    return own | {k: v for key, inner in section.items() for k, v in _seeds(inner, f"{name}{key}.").items()}
+
+
+# ---------------------------------------------------------------- runs
+
+
+class _Lock:
+    """Holds a run for this process while a stage refers to it; the system releases it of a killed process."""
+
+    def __init__(self, path: Path):
+        self.file = (path / ".lock").open("w")
+        try:
+            # lockf and not flock: forked data workers must not hold the run after their parent was killed
+            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RunError(
+                "another process works in this run",
+                where=str(path),
+                mend="wait for it, or use another --run DIR",
+            ) from error
+
+    def __del__(self) -> None:
+        self.file.close()
+
+
+_LOCKS: WeakValueDictionary[Path, _Lock] = (
+    WeakValueDictionary()
+)  # closing a second handle would release the first
+
+
+def _lock(path: Path) -> _Lock:
+    place = path.resolve()
+    held = _LOCKS.get(place) or _Lock(place)
+    _LOCKS[place] = held
+    return held
+
+
+class Run:
+    """A run directory and the config its stages are made with; opened with :meth:`Run.open`."""
+
+    def __init__(self, path: Path, config: Config):
+        self.path, self.config = path, config
+
+    @classmethod
+    def open(cls, path: Path, config: Config, create: bool = True) -> Run:
+        """Open a run directory, or make it. Raises RunError if it is missing, or another kind of directory.
+
+        The config of an existing run is stored anew only when a stage begins with it: a command that is
+        refused leaves no trace.
+        """
+        run = cls(path, config)
+        if (path / "run.json").is_file():
+            return run
+        if not create:
+            raise RunError("no such run", where=str(path), mend=f"captioner sft --run {path}")
+        strange = path.is_file() or any(not file.name.startswith(".") for file in path.glob("*"))
+        if strange:
+            raise RunError(
+                "neither empty nor a run directory", where=str(path), mend="name another with --run DIR"
+            )
+        run._store()
+        return run
+
+    def stage_dir(self, name: str) -> Path:
+        """The directory of a stage such as ``sft`` or ``round-1/qa``."""
+        return self.path / name
+
+    def stage(
+        self,
+        name: str,
+        section: BaseModel | Mapping[str, Any],
+        inputs: Mapping[str, Path],
+        redo: bool = False,
+    ) -> Stage:
+        """Begin, continue or find done a stage made of a config section and input files or directories.
+
+        Raises RunError if it was made or begun with others (``redo`` removes it first), and if another
+        process works in this run.
+        """
+        lock = _lock(self.path)
+        stage = Stage(self, name, _plain(section), inputs)
+        if redo:
+            remove_dir(stage.dir)
+        stage.begin()
+        if not stage.done:
+            stage.lock = lock
+            _clear(self.path.glob(".*.part-*"))
+            self._store()
+        return stage
+
+    def captioner_dir(self, round: int) -> Path:
+        """Where the checkpoint lies that round ``round`` made; round 0 is SFT."""
+        return self.path / (f"round-{round}" if round else "sft") / "captioner"
+
+    def current_captioner(self, round: int) -> Path:
+        """The checkpoint that a round starts from: that of the last promoted round before it, else of SFT.
+
+        Raises RunError naming the command that makes it, also where an earlier round was trained and not
+        yet gated.
+        """
+        for earlier in range(round - 1, 0, -1):
+            promoted = self._promoted(earlier)
+            if promoted:
+                return self._existing(earlier)
+            if promoted is None and self.captioner_dir(earlier).is_dir():
+                raise RunError(
+                    f"round {earlier} is trained, and no gate has promoted or refused it",
+                    where=str(self.path / f"round-{earlier}"),
+                    mend=f"captioner iterate --round {earlier} --run {self.path}",
+                )
+        return self._existing(0)
+
+    def newest_captioner(self) -> Path:
+        """The checkpoint of the newest promoted round, else of SFT. Raises RunError if there is none."""
+        rounds = sorted(
+            (int(path.parent.name[6:]) for path in self.path.glob("round-*/gate.json")), reverse=True
+        )
+        return self._existing(next((number for number in rounds if self._promoted(number)), 0))
+
+    def _promoted(self, round: int) -> bool | None:
+        """What the gate of a round said; None if it has not spoken."""
+        gate = self.path / f"round-{round}" / "gate.json"
+        return bool(_read_json(gate)["promoted"]) if gate.is_file() else None
+
+    def _existing(self, round: int) -> Path:
+        path = self.captioner_dir(round)
+        if not path.is_dir():
+            command = f"captioner iterate --round {round}" if round else "captioner sft"
+            raise RunError("there is no captioner yet", where=str(path), mend=f"{command} --run {self.path}")
+        return path
+
+    def _store(self) -> None:
+        """Write run.json, which makes the directory a run, and config.json."""
+        file = self.path / "run.json"
+        created = _read_json(file)["created"] if file.is_file() else _now()
+        about = {
+            "name": self.path.resolve().name,
+            "created": created,
+            "versions": _versions(),
+            "git_commit": _git_commit(),
+            "machine": _machine(),
+            "config_hash": config_hash(self.config),
+        }
+        atomic_write_json(file, about)
+        atomic_write_json(self.path / "config.json", self.config.model_dump(mode="json"))
+
+
+def stored_config(path: Path) -> Config | None:
+    """The config that a run directory holds, None if there is none; ConfigError if it cannot be read."""
+    file = path / "config.json"
+    return load_json(file) if file.is_file() else None
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RunError(
+            f"not JSON: {error}", where=str(path), mend="remove the file and run the command again"
+        ) from error
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+@cache
+def _versions() -> dict[str, str]:
+    """Versions of this package, Python and the libraries that results depend on."""
+    installed = {}
+    for package in _PACKAGES:
+        try:
+            installed[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return {"captioner": __version__, "python": platform.python_version(), **installed}
+
+
+@cache
+def _git_commit() -> str | None:
+    """The commit of the checkout this code runs from, with "-dirty" after local changes; None outside one."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return answer.stdout.strip() or None
+
+
+def _machine() -> dict[str, Any]:
+    """Kind of machine; accelerators by name if torch is loaded anyway."""
+    torch = sys.modules.get("torch")
+    cuda = torch.cuda if torch is not None and torch.cuda.is_available() else None
+    devices = [cuda.get_device_name(index) for index in range(cuda.device_count())] if cuda else []
+    return {"platform": platform.platform(), "cpus": os.cpu_count(), "devices": devices}
+
+
+# ---------------------------------------------------------------- progress
+
+
+class Progress:
+    """Counts what is done; :func:`progress` makes one that shows it."""
+
+    def advance(self, n: int = 1) -> None:
+        """``n`` more are done."""
+
+
+@contextmanager
+def progress(description: str, total: int) -> Generator[Progress, None, None]:
+    """A bar with rate and time left on stderr; silent without a terminal and below two steps."""
+    if total < 2 or not sys.stderr.isatty():
+        yield Progress()
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+    )
+    with Bar(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(description, total=total, rate="")
+        start, finished = time.monotonic(), 0
+
+        class Shown(Progress):
+            def advance(self, n: int = 1) -> None:
+                nonlocal finished
+                finished += n
+                bar.update(task, advance=n, rate=f"{finished / max(time.monotonic() - start, 1e-9):.1f}/s")
+
+        yield Shown()

@@ -1,0 +1,592 @@
+"""Training on TRL's trainers: SFT and QA on SFTTrainer, preferences on DPOTrainer. The only door to ``trl``.
+
+What is drawn at a step depends on (seed, position) alone, so a resumed run equals an uninterrupted one.
+Checkpoints hold the trained parameters and the optimizer's state as safetensors and JSON; nothing is
+unpickled.
+
+Shapes: B batch, T tokens of a packed row, L tokens of a branch, D width.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset  # the type that TRL asks for
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+from captioner import adapters, prompts, soft_prompt
+from captioner.config import AdapterTuning, FullTuning, SoftPromptConfig, TrainingConfig
+from captioner.errors import DataError, RunError
+from captioner.model import Captioner, describe_trainable
+from captioner.records import Pair
+from captioner.render import IGNORED, Renderer, TrainRow, collate
+from captioner.runs import Shards, atomic_write_text, progress, row_seed
+from captioner.views import BadImage, load_image
+
+ADAPTER = "captioner"  # name of the one adapter that a captioner carries
+CACHE_BYTES = 1 << 29  # of cut images that are kept between epochs
+CACHED_BRANCHES = 1 << 16
+
+
+@dataclass(frozen=True)
+class Target:
+    """One thing to learn of an image; ``text`` None is the soft prompt, or the caption prompt without one."""
+
+    text: str | None
+    answer: str
+
+
+@dataclass(frozen=True)
+class TrainingImages:
+    """Images and what is learned of each.
+
+    ``draw(index, rng)`` gives the targets of an image; it may choose among them with ``rng`` and nothing
+    else. ``multi_view_share`` is the share of the *batches* that show all views, evenly spread: a mixed batch
+    would pad its short rows to six views' length.
+    """
+
+    keys: Sequence[str]
+    paths: Sequence[Path]
+    draw: Callable[[int, random.Random], Sequence[Target]]
+    multi_view_share: float = 1.0
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
+# ---- what a step sees
+
+
+class Order:
+    """Position in the training -> index of an image; an epoch is a permutation drawn from (seed, epoch)."""
+
+    def __init__(self, count: int, seed: int):
+        self.count, self.seed, self.epoch, self.permutation = count, seed, -1, list[int]()
+
+    def __call__(self, position: int) -> int:
+        epoch, at = divmod(position, self.count)
+        if epoch != self.epoch:
+            self.epoch, self.permutation = epoch, list(range(self.count))
+            random.Random(row_seed(self.seed, "order", epoch)).shuffle(self.permutation)
+        return self.permutation[at]
+
+
+class Collator:
+    """Positions -> a batch: reads and cuts the images, draws their targets, packs them by ``collate``."""
+
+    def __init__(self, renderer: Renderer, images: TrainingImages, seed: int, batch_size: int):
+        self.renderer, self.images, self.seed, self.batch_size = renderer, images, seed, batch_size
+        self.order = Order(len(images), seed)
+        self.branch = lru_cache(CACHED_BRANCHES)(renderer.branch_ids)  # questions come again and again
+        self.cache: dict[tuple[int, bool], tuple[Tensor, Tensor]] = {}
+        self.room = CACHE_BYTES
+        text = renderer.captioner.model.config.get_text_config()
+        self.longest = text.max_position_embeddings
+
+    def __call__(self, features: Sequence[dict[str, int]]) -> dict[str, Any]:
+        positions = [feature["position"] for feature in features]
+        whole_only = not self._multi_view(positions[0] // self.batch_size)
+        picked = [self.order(position) for position in positions]
+        rows = [
+            TrainRow(patches, grid, whole_only, [self.branch(t.text, t.answer) for t in targets])
+            for (patches, grid), targets in zip(
+                self._patches(picked, whole_only), map(self._targets, picked, positions), strict=True
+            )
+        ]
+        return self.pack(rows, positions, picked) | {"positions": torch.tensor(positions)}
+
+    def pack(self, rows: list[TrainRow], positions: list[int], picked: list[int]) -> dict[str, Any]:
+        """The model's arguments."""
+        batch = collate(self.renderer, rows)
+        reach = batch["position_ids"].amax(dim=(0, 2))
+        if int(reach.max()) >= self.longest:
+            raise DataError(
+                f"a row reaches position {int(reach.max())}; the model ends at {self.longest}",
+                where=self.images.keys[picked[int(reach.argmax())]],
+                mend="shorten its caption, or use fewer or smaller views",
+            )
+        return batch
+
+    def keys(self, positions: Sequence[int]) -> list[str]:
+        return [self.images.keys[self.order(position)] for position in positions]
+
+    def _multi_view(self, batch: int) -> bool:
+        share = self.images.multi_view_share
+        return int((batch + 1) * share) > int(batch * share)
+
+    def _targets(self, index: int, position: int) -> Sequence[Target]:
+        return self.images.draw(index, random.Random(row_seed(self.seed, "targets", position)))
+
+    def _patches(self, picked: list[int], whole_only: bool) -> list[tuple[Tensor, Tensor]]:
+        """uint8 patches and grid of each image; the first that are read stay in memory, up to CACHE_BYTES."""
+        found = {i: self.cache[i, whole_only] for i in picked if (i, whole_only) in self.cache}
+        missing = [i for i in dict.fromkeys(picked) if i not in found]
+        cut = self.renderer.patches_batch([self._image(i) for i in missing], whole_only) if missing else []
+        for index, entry in zip(missing, cut, strict=True):
+            found[index] = entry
+            if (size := entry[0].nbytes) <= self.room:
+                self.cache[index, whole_only] = entry
+                self.room -= size
+        return [found[i] for i in picked]
+
+    def _image(self, index: int) -> Any:
+        try:
+            return load_image(self.images.paths[index])[0]
+        except BadImage as error:
+            mend = "remove or replace the image"
+            raise DataError(str(error), where=str(self.images.paths[index]), mend=mend) from error
+
+
+class PairCollator(Collator):
+    """Pairs in the layout of TRL's DPOTrainer, computed on packed rows.
+
+    TRL scores ``input_ids`` [2B, L], first the chosen, then the rejected captions. Here those are the
+    branches alone; ``packed`` holds the rows that the model really sees (image prefix once, then both
+    branches) and ``gather`` [2B, L] says where in them each branch token lies. :func:`shared_prefix` joins
+    the two.
+    """
+
+    reference: Sequence[
+        tuple[float, float]
+    ] = ()  # log-probabilities of chosen and rejected, by index of the pair
+
+    def pack(self, rows: list[TrainRow], positions: list[int], picked: list[int]) -> dict[str, Any]:
+        packed = super().pack(rows, positions, picked)
+        packed.pop("labels")
+        width = packed["input_ids"].shape[1]
+        length = max(len(ids) for row in rows for ids, _ in row.branches)
+        ids = torch.zeros(2 * len(rows), length, dtype=torch.long)
+        gather, attention, completion = torch.zeros_like(ids), torch.zeros_like(ids), torch.zeros_like(ids)
+        for b, row in enumerate(rows):
+            start = b * width + len(self.renderer.prefix_ids(row.grid, row.whole_only))
+            for half, (branch, mask) in enumerate(row.branches):
+                at, n = b + half * len(rows), len(branch)
+                ids[at, :n], completion[at, :n] = torch.tensor(branch), torch.tensor(mask, dtype=torch.long)
+                attention[at, :n], gather[at, :n] = 1, torch.arange(start, start + n)
+                start += n
+        batch: dict[str, Any] = {"input_ids": ids, "attention_mask": attention, "completion_mask": completion}
+        batch |= {"packed": packed, "gather": gather}
+        if self.reference:
+            chosen, rejected = zip(*(self.reference[i] for i in picked), strict=True)
+            batch |= {"ref_chosen_logps": torch.tensor(chosen), "ref_rejected_logps": torch.tensor(rejected)}
+        return batch
+
+
+@contextmanager
+def shared_prefix(captioner: Captioner) -> Iterator[None]:
+    """The backbone runs on ``packed`` rows; of its states [B, T, D] those at ``gather`` [2B, L] go on."""
+    gather: Tensor
+
+    def unpack(_module: Any, _args: Any, kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
+        nonlocal gather
+        gather = kwargs["gather"]
+        return (), {**kwargs["packed"], "use_cache": False}
+
+    def pick(_module: Any, _args: Any, output: Any) -> Any:
+        output.last_hidden_state = output.last_hidden_state.flatten(0, 1)[gather]
+        return output
+
+    backbone = captioner.model.model
+    handles = [
+        backbone.register_forward_pre_hook(unpack, with_kwargs=True),
+        backbone.register_forward_hook(pick),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+# ---- trainers
+
+
+class _Trainer:
+    """What both trainers share: our order, our checkpoints, the finite check; no telemetry, no model card."""
+
+    model: Any
+    optimizer: Any
+    lr_scheduler: Any
+    state: TrainerState
+    data_collator: Collator
+
+    def _get_train_sampler(self, dataset: Any = None) -> torch.utils.data.Sampler:
+        return torch.utils.data.SequentialSampler(dataset)
+
+    def _align_special_tokens(self) -> None:
+        """The checkpoint's own settings stay."""
+
+    def _send_telemetry(self) -> None:
+        """Nothing leaves the machine."""
+
+    def create_model_card(self, *_args: Any, **_kwargs: Any) -> None:
+        """The export writes one."""
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        positions = inputs.pop("positions").tolist()
+        loss = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        if not (torch.isfinite(loss) and torch.isfinite(norm)):
+            raise RunError(
+                f"loss {loss.item()}, gradient norm {norm.item()} at step {self.state.global_step + 1}",
+                where=f"images {', '.join(self.data_collator.keys(positions))}",
+                mend="lower the section's training.learning_rate, or leave these images out",
+            )
+        return loss
+
+    def _save(self, output_dir: str, state_dict: Any = None) -> None:
+        os.makedirs(output_dir, exist_ok=True)
+        save_file(trainable(self.model), Path(output_dir) / "trainable.safetensors")
+
+    def _load_from_checkpoint(self, checkpoint: str, model: Any = None) -> None:
+        stored = load_file(Path(checkpoint) / "trainable.safetensors")
+        with torch.no_grad():
+            for name, parameter in trainable(self.model).items():
+                parameter.copy_(stored[name])
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        state = self.optimizer.state_dict()
+        tensors = {f"{i}.{name}": t for i, entry in state["state"].items() for name, t in entry.items()}
+        save_file(tensors, Path(output_dir) / "optimizer.safetensors")
+        plain = {"groups": state["param_groups"], "schedule": self.lr_scheduler.state_dict()}
+        (Path(output_dir) / "optimizer.json").write_text(json.dumps(plain))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in load_file(Path(checkpoint) / "optimizer.safetensors").items():
+            index, _, field = name.partition(".")
+            state.setdefault(int(index), {})[field] = tensor
+        plain = json.loads((Path(checkpoint) / "optimizer.json").read_text())
+        self.optimizer.load_state_dict({"state": state, "param_groups": plain["groups"]})
+        self.lr_scheduler.load_state_dict(plain["schedule"])
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        state = {"cpu": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            state["cuda"] = torch.cuda.get_rng_state()
+        save_file(state, Path(output_dir) / "rng.safetensors")
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        state = load_file(Path(checkpoint) / "rng.safetensors")
+        torch.set_rng_state(state["cpu"])
+        if "cuda" in state and torch.cuda.is_available():
+            torch.cuda.set_rng_state(state["cuda"])
+
+
+class _SFT(_Trainer, SFTTrainer):
+    pass
+
+
+class _DPO(_Trainer, DPOTrainer):
+    """Tokens and reference log-probabilities come with the batch: TRL neither tokenises nor precomputes."""
+
+    def _prepare_dataset(self, dataset: Dataset, *_args: Any) -> Dataset:
+        return dataset
+
+    def _precompute_ref_logps(self, dataset: Dataset, *_args: Any) -> Dataset:
+        return dataset
+
+
+class _Log(TrainerCallback):
+    """metrics.jsonl, the progress bar, and the validation loss wherever a checkpoint is written."""
+
+    def __init__(self, path: Path, advance: Callable[[int], None], validate: Callable[[], float] | None):
+        self.path, self.advance, self.validate = path, advance, validate
+        self.last: dict[str, float] = {}
+
+    def on_train_begin(self, _args: Any, state: TrainerState, _control: TrainerControl, **_: Any) -> None:
+        """A resumed run writes the lines behind its checkpoint again."""
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
+        atomic_write_text(self.path, "".join(line + "\n" for line in kept))
+        for line in kept:
+            self.last |= json.loads(line)
+        self.advance(state.global_step)
+
+    def on_step_end(self, _args: Any, _state: TrainerState, _control: TrainerControl, **_: Any) -> None:
+        self.advance(1)
+
+    def on_log(
+        self, _args: Any, state: TrainerState, _control: TrainerControl, logs: Any = None, **_: Any
+    ) -> None:
+        if "loss" in logs:  # the closing line repeats what the others say
+            self.write(state.global_step, logs)
+
+    def on_save(self, _args: Any, state: TrainerState, _control: TrainerControl, **_: Any) -> None:
+        if self.validate:
+            self.write(state.global_step, {"validation_loss": self.validate()})
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        line = {"step": step, **{k: v for k, v in values.items() if k not in ("epoch", "num_tokens")}}
+        self.last |= line
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def train_sft(
+    captioner: Captioner,
+    renderer: Renderer,
+    images: TrainingImages,
+    training: TrainingConfig,
+    out: Path,
+    validation: TrainingImages | None = None,
+    report: Callable[[str], None] = print,
+) -> dict[str, float]:
+    """Train what requires a gradient on the targets of ``images``; token-mean cross-entropy on the answers.
+
+    Writes ``out/metrics.jsonl`` and resumable checkpoints under ``out/checkpoints``, and resumes from the
+    last whole one. Returns the last value of every metric. Raises RunError for a loss that is not finite
+    (its batch is named), DataError for an image that cannot be read.
+    """
+    collator = Collator(renderer, images, training.seed, training.batch_size)
+    args = sft_arguments(captioner, training, out)
+    validate = None
+    if validation is not None:
+        validate = partial(validation_loss, captioner, renderer, validation, training.batch_size)
+    return _train(_SFT, captioner, collator, args, out, validate, report)
+
+
+def train_dpo(
+    captioner: Captioner,
+    renderer: Renderer,
+    pairs: Sequence[Pair],
+    paths: dict[str, Path],
+    training: TrainingConfig,
+    out: Path,
+    *,
+    beta: float,
+    ce_weight: float,
+    report: Callable[[str], None] = print,
+) -> dict[str, float]:
+    """Direct preference optimisation with cross-entropy on the chosen caption.
+
+    Loss = mean over pairs of -log sigmoid(beta * ((c - c_ref) - (r - r_ref))) + ce_weight * mean over chosen
+    tokens of -log p; c and r are the summed log-probabilities of chosen and rejected, end token included
+    (Rafailov et al. 2023, eq. 7; for the second term Pang et al. 2024). The reference is the captioner as it
+    is passed in, its adapter still the zero function: c_ref and r_ref are computed once, by the same
+    forward, and stored in ``out/pairs``; no second model is held. ``paths`` maps a pair's key to its image.
+    Otherwise as :func:`train_sft`.
+    """
+    targets = [(Target(None, pair.chosen), Target(None, pair.rejected)) for pair in pairs]
+    keys = [pair.key for pair in pairs]
+    images = TrainingImages(keys, [paths[key] for key in keys], lambda index, _rng: targets[index])
+    collator = PairCollator(renderer, images, training.seed, training.batch_size)
+    args = dpo_arguments(captioner, training, out, beta, ce_weight)
+    with shared_prefix(captioner):
+        return _train(_DPO, captioner, collator, args, out, None, report, pairs)
+
+
+def reference_logps(trainer: Any, pairs: Sequence[Pair], batch_size: int) -> list[Pair]:
+    """The pairs with the log-probabilities that the trainer's model, as it is now, gives to both captions."""
+    collator: PairCollator = trainer.data_collator
+    collator.order = lambda position: position  # type: ignore[assignment]
+    done: list[Pair] = []
+    with progress("reference log-probabilities", len(pairs)) as bar:
+        for start in range(0, len(pairs), batch_size):
+            part = pairs[start : start + batch_size]
+            batch = collator([{"position": start + i} for i in range(len(part))])
+            batch.pop("positions")
+            chosen, rejected = trainer.compute_ref_log_probs(trainer.model, trainer._prepare_inputs(batch))
+            for pair, c, r in zip(part, chosen.tolist(), rejected.tolist(), strict=True):
+                done.append(pair.model_copy(update={"ref_chosen_logp": c, "ref_rejected_logp": r}))
+            bar.advance(len(part))
+    collator.order = Order(len(pairs), collator.seed)
+    return done
+
+
+def validation_loss(
+    captioner: Captioner, renderer: Renderer, images: TrainingImages, batch_size: int
+) -> float:
+    """Cross-entropy per answer token over all images, each with the targets of its first draw."""
+    collator = Collator(renderer, images, 0, batch_size)
+    collator.order = lambda position: position  # type: ignore[assignment]
+    total, tokens = 0.0, 0
+    was_training = captioner.model.training
+    captioner.model.eval()
+    for start in range(0, len(images), batch_size):
+        batch = collator([{"position": i} for i in range(start, min(start + batch_size, len(images)))])
+        batch.pop("positions")
+        count = int((batch["labels"][:, 1:] != IGNORED).sum())
+        with torch.no_grad():
+            arguments = {name: tensor.to(captioner.device) for name, tensor in batch.items()}
+            total += captioner.model(**arguments, use_cache=False).loss.item() * count
+        tokens += count
+    captioner.model.train(was_training)
+    return total / tokens
+
+
+def trainable(model: torch.nn.Module) -> dict[str, Tensor]:
+    """The parameters that require a gradient, by name."""
+    return {name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+# ---- what trains
+
+
+def tune(
+    captioner: Captioner, tuning: AdapterTuning | FullTuning, prompt: SoftPromptConfig | None, seed: int
+) -> None:
+    """Set what trains: the whole model or new adapters on a frozen base; a soft prompt if one is wanted."""
+    captioner.model.requires_grad_(tuning.type == "full")
+    if isinstance(tuning, AdapterTuning):
+        adapters.add(captioner, ADAPTER, tuning.vision_width, tuning.language_width, tuning.placement, seed)
+    if prompt is not None and prompt.length:
+        soft_prompt.attach(
+            captioner, prompt.length, prompt.init or prompts.load("caption"), trainable=True, seed=seed
+        )
+
+
+def trainable_table(model: torch.nn.Module) -> str:
+    """What trains, one line a module: parameters and their share."""
+    lines = [f"  {module:52}{count:>12,}{share:>9.2%}" for module, count, share in describe_trainable(model)]
+    return "\n".join(["trained parameters:", *lines])
+
+
+# ---- one run of a trainer
+
+
+def _train(
+    kind: type[_SFT] | type[_DPO],
+    captioner: Captioner,
+    collator: Collator,
+    args: TrainingArguments,
+    out: Path,
+    validate: Callable[[], float] | None,
+    report: Callable[[str], None],
+    pairs: Sequence[Pair] = (),
+) -> dict[str, float]:
+    last = _last_checkpoint(out / "checkpoints")
+    begin = time.monotonic()
+    with _precise(captioner), progress("training", args.max_steps) as bar:
+        log = _Log(out / "metrics.jsonl", bar.advance, validate)
+        trainer = make_trainer(kind, captioner, collator, args, log)
+        if isinstance(collator, PairCollator):
+            collator.reference = _reference(trainer, pairs, out, resumed=last is not None)
+        if last:
+            report(f"resuming from step {last.name.rpartition('-')[2]}")
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
+    return log.last | {"seconds": time.monotonic() - begin}
+
+
+def make_trainer(
+    kind: type[_SFT] | type[_DPO],
+    captioner: Captioner,
+    collator: Collator,
+    args: TrainingArguments,
+    *callbacks: TrainerCallback,
+) -> Any:
+    """The trainer, with as many positions to visit as its steps need."""
+    positions = args.max_steps * args.gradient_accumulation_steps * args.per_device_train_batch_size
+    trainer = kind(
+        model=captioner.model,
+        args=args,
+        data_collator=collator,
+        train_dataset=Dataset.from_dict({"position": range(positions * args.world_size)}),
+        processing_class=captioner.processor,
+        callbacks=list(callbacks),
+    )
+    trainer.remove_callback(PrinterCallback)  # metrics.jsonl holds what it would print
+    return trainer
+
+
+def sft_arguments(captioner: Captioner, training: TrainingConfig, out: Path) -> SFTConfig:
+    own = {"max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}}
+    return SFTConfig(**own, **_arguments(captioner, training, out))
+
+
+def dpo_arguments(
+    captioner: Captioner, training: TrainingConfig, out: Path, beta: float, ce_weight: float
+) -> DPOConfig:
+    losses = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, ce_weight], "beta": beta}
+    own = {"max_length": None, "precompute_ref_log_probs": True}
+    return DPOConfig(**own, **losses, **_arguments(captioner, training, out))
+
+
+def _arguments(captioner: Captioner, training: TrainingConfig, out: Path) -> dict[str, Any]:
+    """What both trainers are told: bfloat16 autocast on CUDA (trained parameters float32), else float32."""
+    device = captioner.device.type
+    return {
+        "output_dir": str(out / "checkpoints"),
+        "max_steps": training.steps,
+        "per_device_train_batch_size": training.batch_size,
+        "gradient_accumulation_steps": training.accumulation,
+        "learning_rate": training.learning_rate,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": round(training.warmup * training.steps),
+        "weight_decay": training.weight_decay,
+        "max_grad_norm": training.max_grad_norm,
+        "optim": "adamw_torch",
+        "seed": training.seed,
+        "save_steps": training.save_steps,
+        "save_total_limit": 2,
+        "logging_steps": training.log_steps,
+        "logging_nan_inf_filter": False,
+        "bf16": device == "cuda" and captioner.model.dtype != torch.float64,
+        "use_cpu": device == "cpu",
+        "gradient_checkpointing": False,
+        "remove_unused_columns": False,
+        # On a GPU the batches are prepared beside it; on a CPU workers would only take the model's cores.
+        "dataloader_num_workers": min(8, (os.cpu_count() or 2) - 1) if device == "cuda" else 0,
+        "dataloader_pin_memory": device == "cuda",
+        "disable_tqdm": True,
+        "report_to": "none",
+    }
+
+
+@contextmanager
+def _precise(captioner: Captioner) -> Iterator[None]:
+    """While training, trained parameters are at least float32; after it TRL's patch of forward is undone."""
+    model, patched = captioner.model, captioner.model.__dict__.get("forward")
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    dtypes = [p.dtype for p in parameters]
+    for p in parameters:
+        if p.dtype in (torch.bfloat16, torch.float16):
+            p.data = p.data.float()
+    try:
+        yield
+    finally:
+        for p, dtype in zip(parameters, dtypes, strict=True):
+            p.data, p.grad = p.data.to(dtype), None
+        model.__dict__.pop("forward", None)
+        if patched is not None:
+            model.forward = patched
+        model.eval()
+
+
+def _last_checkpoint(checkpoints: Path) -> Path | None:
+    """The last whole checkpoint, None without one. That it is of this training is the stage's care."""
+    folders = sorted(checkpoints.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    for folder in reversed(folders):
+        try:
+            json.loads((folder / "trainer_state.json").read_text())  # written last
+            return folder
+        except (OSError, ValueError):
+            shutil.rmtree(folder)  # the process was killed while it wrote this one
+    return None
+
+
+def _reference(trainer: Any, pairs: Sequence[Pair], out: Path, *, resumed: bool) -> list[tuple[float, float]]:
+    """Reference log-probabilities, as this training computed and stored them before its first step."""
+    shards = Shards(out / "pairs", Pair)
+    if not resumed:
+        shards.write(0, reference_logps(trainer, pairs, trainer.args.per_device_train_batch_size))
+    both = [(pair.ref_chosen_logp, pair.ref_rejected_logp) for pair in shards.read(0)]
+    return [(c, r) for c, r in both if c is not None and r is not None]

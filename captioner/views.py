@@ -1,0 +1,204 @@
+"""Six views of an image: which boxes to cut, at which size, and how to read an image file safely.
+
+Reading is a boundary to hostile bytes: whatever a file holds, :func:`load_image` returns an RGB image or
+raises :class:`BadImage` with a short reason, and checks the size in the header before it decodes a pixel.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from captioner.config import ViewsConfig
+from captioner.errors import DataError
+
+# What may be decoded; not formats that start other programs (EPS) or have no mark to know them by (TGA).
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "PPM", "ICO")
+MAX_BYTES = 1 << 29  # of a file
+MAX_SIDE = 20_000  # pixels
+MAX_PIXELS = 178_956_970  # where Pillow itself refuses: 3 bytes each are half a gigabyte
+MAX_ASPECT = 200  # the image processors of the Qwen-VL family refuse more
+MIN_SIDE = 2  # pixels: a 1 px wide image is a tracking pixel or a ruler, and has no quadrants
+
+QUADRANTS = ("top left", "top right", "bottom left", "bottom right")
+
+
+class BadImage(DataError):
+    """An image file that cannot be captioned; ``reason`` is what its row records."""
+
+    def __init__(self, reason: str):
+        self.reason = reason
+        super().__init__(f"bad image: {reason}")
+
+
+@dataclass(frozen=True)
+class View:
+    """``box`` = (left, top, right, bottom) in pixels of the image, shown at ``width`` x ``height`` pixels."""
+
+    tag: str
+    box: tuple[int, int, int, int]
+    width: int
+    height: int
+
+
+def plan(
+    width: int, height: int, config: ViewsConfig, *, size: int, factor: int, whole_only: bool = False
+) -> list[View]:
+    """Plan the views of a ``width`` x ``height`` image, coarse to fine, rows first, the centre last.
+
+    The tiles of a level cover the image exactly (with ``overlap`` they also reach into their neighbours).
+    A view has its box's aspect ratio as nearly as multiples of ``factor`` allow and at most ``size`` squared
+    pixels, so a square box is shown at ``size`` x ``size``. ``config.size``, where set, takes the place of
+    ``size``. Raises ValueError for an image or a size without pixels.
+    """
+    size = config.size or size
+    if width < 1 or height < 1 or size < factor:
+        raise ValueError(f"no views of {width} x {height} px at {size} px with cells of {factor} px")
+    levels = (1,) if whole_only else tuple(sorted(set(config.levels)))
+    boxes = [tile for grid in levels for tile in _tiles(width, height, grid, config.overlap)]
+    finest = levels[-1]
+    if config.center and finest > 1:  # a centre as large as the whole would be the whole again
+        across, down = max(1, width // finest), max(1, height // finest)
+        left, top = (width - across) // 2, (height - down) // 2
+        boxes.append(("center", (left, top, left + across, top + down)))
+    return [View(tag, box, *_fit(box, size, factor)) for tag, box in boxes]
+
+
+def cut(image: Image.Image, views: Sequence[View]) -> list[Image.Image]:
+    """Cut an RGB image: one RGB image per view, exactly ``view.width`` x ``view.height`` px, bicubic.
+
+    The crop comes before the resize, so no pixel from outside the box bleeds into a view.
+    """
+    return [
+        image.crop(view.box).resize((view.width, view.height), Image.Resampling.BICUBIC) for view in views
+    ]
+
+
+def load_image(source: Path | bytes) -> tuple[Image.Image, str]:
+    """Read an image: (RGB image as a viewer would show it, sha256 hex of its bytes).
+
+    The EXIF orientation is applied, transparency lies on white, 16 bits are scaled to 8, and of an
+    animation the first frame is taken. Raises :class:`BadImage` for everything that is not a whole image
+    of a sane size.
+    """
+    data = source if isinstance(source, bytes) else read_bytes(source)
+    return decode(data), hashlib.sha256(data).hexdigest()
+
+
+def read_bytes(path: Path) -> bytes:
+    """The bytes of an image file; :class:`BadImage` where it cannot be read, is empty or is too large."""
+    try:
+        if not path.is_file():  # a pipe or a device would block
+            raise BadImage("not a regular file" if path.exists() else "no such file")
+        size = path.stat().st_size
+        if size > MAX_BYTES:
+            raise BadImage(f"file too large: {size:,} bytes, limit {MAX_BYTES:,}")
+        return path.read_bytes()
+    except OSError as error:
+        raise BadImage(f"cannot be read: {error.strerror or error}") from error
+
+
+def decode(data: bytes) -> Image.Image:
+    """Decode the bytes of an image file to RGB; see :func:`load_image`."""
+    if not data:
+        raise BadImage("empty file")
+    # Pillow warns about sizes that the limits here allow and about metadata that nobody reads here.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            with Image.open(BytesIO(data), formats=FORMATS) as image:
+                _check_size(image.width, image.height)
+                image.seek(0)
+                image.load()
+                return _rgb(_upright(image))
+        except BadImage:
+            raise
+        except UnidentifiedImageError as error:
+            raise BadImage("not an image of a known format") from error
+        except Image.DecompressionBombError as error:
+            raise BadImage(f"too many pixels, limit {MAX_PIXELS:,}") from error
+        except MemoryError as error:
+            raise BadImage("does not fit in memory") from error
+        except Exception as error:  # the boundary: decoders raise whatever broken bytes make them raise
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise BadImage(f"cannot be decoded: {reason[:200]}") from error
+
+
+def _check_size(width: int, height: int) -> None:
+    if min(width, height) < MIN_SIDE:
+        raise BadImage(f"too small: {width} x {height} px, smallest side {MIN_SIDE}")
+    if max(width, height) > MAX_SIDE:
+        raise BadImage(f"too large: {width} x {height} px, longest side {MAX_SIDE:,}")
+    if width * height > MAX_PIXELS:
+        raise BadImage(f"too many pixels: {width} x {height}, limit {MAX_PIXELS:,}")
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise BadImage(f"too long: {width} x {height} px, aspect ratio limit {MAX_ASPECT}")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # broken EXIF data say nothing about the pixels, which are already decoded
+        return image
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I") or image.mode == "F":
+        image = _eight_bits(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")  # the alpha channel is opaque by now; palette, CMYK, YCbCr, 1 bit
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """16 bits hold 0..65535; for 32-bit integers and floats the range is the one that the image uses."""
+    values = np.asarray(image).astype(np.float64)
+    if image.mode.startswith("I;16"):
+        low, high = 0.0, 65535.0
+    else:
+        values = np.nan_to_num(values, posinf=0.0, neginf=0.0)
+        low, high = float(values.min()), float(values.max())
+    scaled = (values - low) * (255.0 / (high - low)) if high > low else np.zeros_like(values)
+    return Image.fromarray(np.rint(scaled).astype(np.uint8))
+
+
+def _tiles(width: int, height: int, grid: int, overlap: float) -> list[tuple[str, tuple[int, int, int, int]]]:
+    columns, rows = _edges(width, grid, overlap), _edges(height, grid, overlap)
+    cells = [(r, c) for r in range(grid) for c in range(grid)]
+    if grid <= 2:
+        tags: tuple[str, ...] = ("whole",) if grid == 1 else QUADRANTS
+    else:
+        tags = tuple(f"row {r + 1} column {c + 1}" for r, c in cells)
+    return [
+        (tag, (columns[c][0], rows[r][0], columns[c][1], rows[r][1]))
+        for tag, (r, c) in zip(tags, cells, strict=True)
+    ]
+
+
+def _edges(length: int, grid: int, overlap: float) -> list[tuple[int, int]]:
+    """Start and end of each tile of one axis; a tile has a pixel even where the axis has too few for all."""
+    reach = round(overlap * length / grid)
+    spans = [(i * length // grid, (i + 1) * length // grid) for i in range(grid)]
+    return [(max(0, a - reach), min(length, max(a + 1, b + reach))) for a, b in spans]
+
+
+def _fit(box: tuple[int, int, int, int], size: int, factor: int) -> tuple[int, int]:
+    """Width and height of a view: multiples of ``factor``, at most ``size`` squared pixels."""
+    cells = (size // factor) ** 2
+    aspect = (box[2] - box[0]) / (box[3] - box[1])
+    across = min(cells, max(1, round(math.sqrt(cells * aspect))))
+    down = min(cells, max(1, round(math.sqrt(cells / aspect))))
+    if across >= down:
+        across = min(across, cells // down)
+    else:
+        down = min(down, cells // across)
+    return across * factor, down * factor

@@ -1,0 +1,330 @@
+"""captioner evaluate [--round N] [--checkpoint DIR ...]: exact scores of a run's captioners, with intervals.
+
+Greedy captions of held-out images by the base, the SFT captioner and that of every finished round, in one
+table. ``--round N`` compares round N with the captioner it started from, on the gate's images. Captions are
+stored under the hash of what they were made with, so a captioner never runs twice on the same images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from captioner import metrics, prompts
+from captioner.config import Config, SamplingConfig
+from captioner.engines import CaptionRequest
+from captioner.errors import CheckpointError, ConfigError, DataError, Refused, RunError
+from captioner.formats import resolve
+from captioner.formats.folder import ImageRow, read_folder
+from captioner.metrics import Counts, Interval
+from captioner.records import CaptionRow
+from captioner.report import cell
+from captioner.runs import Run, Shards, atomic_write_json, hash_path, progress
+from captioner.views import BadImage, load_image
+
+COLUMNS = {
+    "precision": "Precision",
+    "recall": "Recall",
+    "f1": "F1",
+    "hallucinated": "Halluc-\ninated",
+    "ended": "Ended",
+    "tokens": "Tokens",
+}
+EXAMPLES = 12  # images of a round that are captioned for the report
+SHARD_ROWS = 64  # images between two published shards
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One captioner to evaluate; ``prose`` tells that it is asked for prose, as the base before SFT."""
+
+    name: str
+    checkpoint: Path
+    prose: bool = False
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    help_round = "compare round N with its start, on gate.data (default: the whole run, on evaluate.data)"
+    parser.add_argument("--round", type=int, metavar="N", help=help_round)
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="DIR",
+        help="stock captioners to add to the table",
+    )
+
+
+def plan(config: Config, args: argparse.Namespace) -> dict[str, Any]:
+    run = Run(args.run_dir, config)
+    entries, source, where = _what(run, args)
+    captioners = ", ".join(f"{entry.name} ({entry.checkpoint})" for entry in entries)
+    return {"captioners": captioners, "images": source, "writes": where / "evaluation.json"}
+
+
+def _what(run: Run, args: argparse.Namespace) -> tuple[list[Entry], str, Path]:
+    """The captioners, the images, and where evaluation.json goes."""
+    if args.round is None:
+        extra = [Entry(path.name, _existing(path)) for path in args.checkpoint]
+        return [*run_entries(run, run.config), *extra], run.config.evaluate.data, run.path
+    if args.round < 1 or args.checkpoint:
+        raise ConfigError("--round takes a whole number from 1, and no --checkpoint beside it")
+    return round_entries(run, args.round), run.config.gate.data, run.path / f"round-{args.round}"
+
+
+def run(config: Config, args: argparse.Namespace) -> int:
+    """Write evaluation.json (of the run, or of the round) and print its table."""
+    run = Run.open(args.run_dir, config, create=bool(args.checkpoint))
+    entries, source, where = _what(run, args)
+    if args.round is not None:
+        summary, _ = evaluate_round(run, args.round, redo=args.redo)
+    else:
+        summary, _ = evaluate(run, entries, source, redo=args.redo)
+        atomic_write_json(where / "evaluation.json", summary)
+    print_table(summary)
+    print(
+        f"{len(summary['captioners'])} captioners on {summary['images']} images: {where / 'evaluation.json'}"
+    )
+    return 0
+
+
+def evaluate_round(run: Run, number: int, *, redo: bool = False) -> tuple[dict[str, Any], list[list[Counts]]]:
+    """Score a round's start and its captioner on the gate's images, and write the round's evaluation.json.
+
+    The first images of the round are captioned by both too, for the report.
+    """
+    home = run.path / f"round-{number}"
+    entries = round_entries(run, number)
+    summary, counts = evaluate(run, entries, run.config.gate.data, redo=redo)
+    folder = round_images(home)
+    if folder is not None:
+        shown = read_folder(folder, captions=False)[:EXAMPLES]
+        made = [caption(run, entry, folder, shown, redo=redo)[0] for entry in entries]
+        summary["examples"] = [str(path.relative_to(run.path)) for path in made]
+    atomic_write_json(home / "evaluation.json", summary)
+    return summary, counts
+
+
+def round_images(home: Path) -> Path | None:
+    """The image folder that a round sampled captions of, by the manifest of its candidates."""
+    manifest = home / "candidates" / "stage.json"
+    if not manifest.is_file():
+        return None
+    return manifest.parent / json.loads(manifest.read_text(encoding="utf-8"))["input_paths"]["images"]
+
+
+# ---------------------------------------------------------------- which captioners
+
+
+def run_entries(run: Run, config: Config) -> list[Entry]:
+    """The base, SFT and every round that has a captioner; a round that its gate refused says so."""
+    from captioner.model import checkpoint_path  # imports torch, which --help has no time for
+
+    entries = [Entry("base", _existing(checkpoint_path(config.model.path)), prose=True)]
+    if run.captioner_dir(0).is_dir():
+        entries.append(Entry("SFT", run.captioner_dir(0)))
+    number = 1
+    while run.captioner_dir(number).is_dir():
+        gate = run.path / f"round-{number}" / "gate.json"
+        refused = gate.is_file() and not json.loads(gate.read_text())["promoted"]
+        entries.append(
+            Entry(f"round {number}" + (" (refused)" if refused else ""), run.captioner_dir(number))
+        )
+        number += 1
+    return entries
+
+
+def round_entries(run: Run, number: int) -> list[Entry]:
+    """The captioner a round started from, and the one it made."""
+    made = run.captioner_dir(number)
+    if not made.is_dir():
+        raise RunError(
+            f"round {number} has no captioner yet",
+            where=str(made),
+            mend=f"captioner iterate --round {number} --run {run.path}",
+        )
+    return [Entry("start", run.current_captioner(number)), Entry(f"round {number}", made)]
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_dir():
+        raise CheckpointError(
+            "no such checkpoint directory", where=str(path), mend="name an exported captioner"
+        )
+    return path
+
+
+# ---------------------------------------------------------------- captions
+
+
+def evaluate(
+    run: Run, entries: Sequence[Entry], source: str, *, redo: bool = False
+) -> tuple[dict[str, Any], list[list[Counts]]]:
+    """The content of evaluation.json, and the counts of each captioner on the images that could be read.
+
+    Raises Refused where more than ``max_failed`` of the images fail.
+    """
+    config = run.config
+    folder = resolve(source, run)
+    images = read_folder(folder)
+    facts = {row.key: row.facts for row in images}
+    summary: dict[str, Any] = {"data": source, "images": len(images), "captioners": [], "differences": []}
+    counts: list[list[Counts]] = []
+    again = {"resamples": config.evaluate.bootstrap, "seed": config.seed}
+    for entry in entries:
+        where, rows = caption(run, entry, folder, images, redo=redo)
+        counts.append([_count(row, facts[row.key], entry.prose) for row in rows if row.caption is not None])
+        about: dict[str, Any] = {
+            "name": entry.name,
+            "checkpoint": str(entry.checkpoint),
+            "captions": str(where.relative_to(run.path)),
+            "failed": sum(row.error is not None for row in rows),
+        }
+        scores = {name: x.to_json() for name, x in metrics.evaluate(counts[-1], **again).items()}
+        broken = metrics.breakdown(counts[-1], **again)
+        breakdown = {g: {name: x.to_json() for name, x in table.items()} for g, table in broken.items()}
+        summary["captioners"].append(about | {"metrics": scores, "breakdown": breakdown})
+    for at in range(1, len(entries)):
+        change = metrics.difference(counts[at - 1], counts[at], **again)
+        about = {"from": entries[at - 1].name, "to": entries[at].name}
+        summary["differences"].append(about | {"metrics": {name: x.to_json() for name, x in change.items()}})
+    return summary, counts
+
+
+def _count(row: CaptionRow, facts: str | None, prose: bool) -> Counts:
+    text, tokens = row.caption or "", row.tokens or 0
+    return metrics.count(row.key, text, facts, finish_reason=row.finish_reason, tokens=tokens, prose=prose)
+
+
+def caption(
+    run: Run, entry: Entry, folder: Path, images: Sequence[ImageRow], *, redo: bool = False
+) -> tuple[Path, list[CaptionRow]]:
+    """Greedy captions of images of a folder, made once: their directory, and one row per image in order."""
+    if not images:
+        raise DataError("no images to caption", where=str(folder))
+    config = run.config
+    section = {
+        "max_tokens": config.evaluate.max_tokens,
+        "views": config.views.model_dump(mode="json"),
+        "dtype": config.model.dtype,
+        "prompt": prompts.prompt_hash("describe" if entry.prose else "caption"),
+        "keys": hashlib.sha256("\n".join(row.key for row in images).encode()).hexdigest(),
+    }
+    made_by = hash_path(entry.checkpoint)
+    made_of = {**section, "captioner": made_by, "data": hash_path(folder)}
+    name = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:12]
+    inputs = {"captioner": entry.checkpoint, "data": folder}
+    stage = run.stage(f"evaluation/{name}", section, inputs, redo=redo)
+    shards = Shards(stage.dir, CaptionRow)
+    if not stage.done:
+        _fill(config, entry, images, shards, made_by, name)
+    rows = shards.read_all()
+    failed = sum(row.error is not None for row in rows)
+    if failed > config.max_failed * len(rows):
+        reasons = ", ".join(sorted({row.error for row in rows if row.error})[:3])
+        raise Refused(
+            f"{failed} of {len(rows)} images failed, max_failed is {config.max_failed:.1%}: {reasons}",
+            where=str(stage.dir),
+            mend="mend the images, or allow more with --max_failed",
+        )
+    if not stage.done:
+        stage.finish({"images": len(rows), "failed": failed}, captioner_name=entry.name)
+    return stage.dir, rows
+
+
+def _fill(
+    config: Config,
+    entry: Entry,
+    images: Sequence[ImageRow],
+    shards: Shards[CaptionRow],
+    model_hash: str,
+    name: str,
+) -> None:
+    """Write every missing shard."""
+    from captioner import model
+    from captioner.engines.hf import HFEngine
+
+    starts = [s for s in range(0, len(images), SHARD_ROWS) if not shards.has(s // SHARD_ROWS)]
+    if not starts:
+        return
+    captioner = model.load(config.model.model_copy(update={"path": str(entry.checkpoint)}))
+    prompt = prompts.load("describe") if entry.prose else None
+    engine = HFEngine(captioner, config.views, config.engine, prompt=prompt)
+    greedy = SamplingConfig(temperature=0.0, max_tokens=config.evaluate.max_tokens)
+    try:
+        with progress(f"captions by {entry.name}", len(starts) * SHARD_ROWS) as bar:
+            for start in starts:
+                reader = _Reader(images[start : start + SHARD_ROWS], bar.advance)
+                said = {c.key: c for [c] in engine.sample(reader.requests(), 1, greedy)}
+                rows = []
+                for row in reader.images:
+                    made = said.get(row.key)
+                    rows.append(
+                        CaptionRow(
+                            id=made.sample if made else "",
+                            key=row.key,
+                            caption=made.text if made else None,
+                            finish_reason=made.finish_reason if made else None,
+                            tokens=made.tokens if made else None,
+                            model=model_hash,
+                            config=name,
+                            error=reader.errors.get(row.key),
+                        )
+                    )
+                shards.write(start // SHARD_ROWS, rows)
+    finally:
+        engine.close()
+
+
+@dataclass
+class _Reader:
+    """Reads images as the engine asks for them; one that cannot be read becomes an error, not a request."""
+
+    images: Sequence[ImageRow]
+    advance: Callable[[int], None]
+    errors: dict[str, str] = field(default_factory=dict)  # key -> reason
+
+    def requests(self) -> Iterator[CaptionRequest]:
+        for row in self.images:
+            self.advance(1)
+            try:
+                image, sha = load_image(row.path)
+            except BadImage as error:
+                self.errors[row.key] = error.reason
+                continue
+            yield CaptionRequest(row.key, image, sha)
+
+
+# ---------------------------------------------------------------- the table
+
+
+def print_table(summary: dict[str, Any]) -> None:
+    """Every captioner with its 95 % intervals, then what each step changed, paired."""
+    console = Console()
+    images = f"{summary['data']}, {summary['images']} images; 95 % bootstrap intervals over images"
+    table = Table(title=images, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
+    table.add_column("Captioner", min_width=9, max_width=9)
+    for label in COLUMNS.values():
+        table.add_column(label, justify="right", no_wrap=True)
+    for one in summary["captioners"]:
+        cells = (cell(name, one["metrics"][name], short=True) for name in COLUMNS)
+        table.add_row(one["name"], *(f"{value}\n[dim]{span}[/dim]" for value, span in cells))
+    console.print(table)
+    for step in summary["differences"]:
+        parts = []
+        for name in ("precision", "recall", "hallucinated"):
+            x = Interval.from_json(step["metrics"][name])
+            if x.value == x.value:  # not NaN: the metric is defined for both
+                parts.append(f"{name} {x.value * 100:+.1f} ({x.low * 100:+.1f} to {x.high * 100:+.1f})")
+        if parts:
+            console.print(f"{step['from']} to {step['to']}, points: {', '.join(parts)}", highlight=False)

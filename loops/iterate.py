@@ -1,0 +1,90 @@
+"""captioner iterate --round N | --rounds A-B: whole rounds of self-correction.
+
+A round is qa, golden, dpo, an evaluation on the gate's images and the gate. What is done already is skipped,
+so the same command continues a killed round. A round that the gate refuses keeps its files, its captioner is
+not used, and the command stops there with exit code 3.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+from captioner import metrics
+from captioner.config import Config
+from captioner.errors import Refused, RunError
+from captioner.metrics import Decision
+from captioner.runs import Run, atomic_write_json
+from loops import dpo, evaluate, golden, qa
+
+STEPS: tuple[ModuleType, ...] = (qa, golden, dpo)
+
+
+def run(config: Config, args: argparse.Namespace) -> int:
+    """Raises RunError where the round before is missing, Refused where a gate refuses."""
+    run = Run.open(args.run_dir, config, create=False)
+    rounds = args.rounds or [args.round]
+    for number in rounds:
+        run_round(run, number, args)
+    print(f"rounds done: {', '.join(map(str, rounds))}; the captioner is {run.newest_captioner()}")
+    return 0
+
+
+def run_round(run: Run, number: int, args: argparse.Namespace) -> None:
+    """One round, each step from where it stands, and its gate."""
+    earlier = run.path / f"round-{number - 1}" / "gate.json"
+    if number > 1 and not earlier.is_file():
+        raise RunError(
+            f"round {number} needs round {number - 1}, which has not been done",
+            where=str(earlier),
+            mend=f"captioner iterate --round {number - 1} --run {run.path}",
+        )
+    run.current_captioner(number)  # names the missing command before anything is done
+    for step in STEPS:
+        code = step.run(run.config, arguments(step, args, round=number))
+        if code:
+            raise Refused(
+                f"{step.__name__} of round {number} was refused", where=str(run.path / f"round-{number}")
+            )
+    summary, (before, after) = evaluate.evaluate_round(run, number)
+    resamples, seed = run.config.evaluate.bootstrap, run.config.seed
+    decision = metrics.gate(before, after, run.config.gate, resamples=resamples, seed=seed)
+    _record(run, number, summary, decision)
+    evaluate.print_table(summary)
+    print("\n".join(f"  {reason}" for reason in decision.reasons))
+    if not decision.promoted:
+        why = [reason for reason in decision.reasons if reason.startswith("REFUSED")]
+        raise Refused(
+            f"the gate refused round {number}: {'; '.join(why)}",
+            where=str(run.path / f"round-{number}" / "gate.json"),
+            mend=f"the captioner stays {summary['captioners'][0]['checkpoint']}; more images, other "
+            f"thresholds or a gentler dpo section with --redo may mend the round",
+        )
+    print(f"round {number} is promoted: {run.captioner_dir(number)}")
+
+
+def _record(run: Run, number: int, summary: dict[str, Any], decision: Decision) -> None:
+    start, made = summary["captioners"]
+    gate = {
+        "round": number,
+        "promoted": decision.promoted,
+        "reasons": list(decision.reasons),
+        "start": start["checkpoint"],
+        "captioner": made["checkpoint"],
+        "difference": {name: x.to_json() for name, x in decision.difference.items()},
+        "settings": run.config.gate.model_dump(mode="json"),
+    }
+    atomic_write_json(run.path / f"round-{number}" / "gate.json", gate)
+
+
+def arguments(
+    step: ModuleType, args: argparse.Namespace, words: Sequence[str] = (), **values: Any
+) -> argparse.Namespace:
+    """The arguments that the command line would give ``step``: its own (``words``) and the common ones."""
+    parser = argparse.ArgumentParser()
+    if hasattr(step, "add_flags"):
+        step.add_flags(parser)
+    common = {"run_dir": args.run_dir, "redo": args.redo, "dry_run": False, "round": None, "rounds": None}
+    return argparse.Namespace(**{**common, **vars(parser.parse_args(words)), **values})

@@ -1,0 +1,103 @@
+"""captioner sft [FILE.toml]: supervised fine-tuning of the captioner.
+
+Teaches the base the style of the captions: adapters in both towers and a soft prompt on a frozen base, or the
+whole model (``sft.tuning.type = "full"``). Writes sft/adapter, sft/captioner (a stock checkpoint) and
+sft/metrics.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import shutil
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from captioner import prompts
+from captioner.config import Config, SFTConfig
+from captioner.errors import DataError
+from captioner.formats import resolve
+from captioner.formats.folder import ImageRow, read_folder
+from captioner.runs import Run
+
+if TYPE_CHECKING:
+    from captioner.train import Target, TrainingImages
+
+
+def run(config: Config, args: argparse.Namespace) -> int:
+    """The sft stage of a run."""
+    from captioner import model
+
+    sft = config.sft
+    run = Run.open(args.run_dir, config)
+    data = [resolve(source, run) for source in sft.data]
+    inputs = {"model": model.checkpoint_path(config.model.path)} | {
+        f"data {i}": path for i, path in enumerate(data)
+    }
+    if sft.validation:
+        inputs["validation"] = resolve(sft.validation, run)
+    section = {"sft": sft, "model": config.model, "views": config.views}
+    stage = run.stage("sft", section, inputs, redo=args.redo)
+    if stage.done:
+        print(f"sft was done before: {stage.dir}")
+        return 0
+    from captioner import adapters, fuse, render, soft_prompt, train
+
+    images = training_images([row for path in data for row in read_folder(path)], sft)
+    held_out = training_images(read_folder(inputs["validation"]), sft) if sft.validation else None
+    seed = config.seed + sft.training.seed
+    init = sft.tuning.init if sft.tuning.type == "full" else "pretrained"
+    captioner = model.load(config.model, init=init, seed=seed)
+    train.tune(captioner, sft.tuning, sft.soft_prompt, seed)
+    print(train.trainable_table(captioner.model))
+    renderer = render.Renderer(captioner, config.views)
+    captioner.views = renderer.config
+    training = sft.training.model_copy(update={"seed": seed})
+    metrics = train.train_sft(captioner, renderer, images, training, stage.dir, held_out)
+    adapter = None
+    if sft.tuning.type == "adapters":
+        adapter = train.ADAPTER
+        adapters.save(captioner, adapter, stage.dir / "adapter")
+    if captioner.soft_prompt_ids:
+        soft_prompt.save(captioner, stage.dir / "adapter")
+    fuse.export(captioner, stage.dir / "captioner", adapter)
+    shutil.rmtree(stage.dir / "checkpoints")
+    stage.finish({"images": len(images), "steps": training.steps}, metrics)
+    losses = "".join(
+        f", {name} {metrics[name]:.4f}" for name in ("loss", "validation_loss") if name in metrics
+    )
+    print(f"sft: {training.steps} steps on {len(images)} images{losses}: {stage.dir}")
+    return 0
+
+
+def training_images(rows: Sequence[ImageRow], sft: SFTConfig) -> TrainingImages:
+    """The rows with what ``sft.columns`` names of each. Raises DataError for a row that lacks a column."""
+    from captioner.train import TrainingImages
+
+    lacking = {"shorthand": "caption", "prose": "prose", "questions": "questions"}
+    for column in sft.columns:
+        for row in rows:
+            if not getattr(row, lacking[column]):
+                mend = "add it to the folder's caption file, or leave the column out of sft.columns"
+                raise DataError(f"image {row.key} has no {column}", where=str(row.path), mend=mend)
+
+    def draw(index: int, rng: random.Random) -> list[Target]:
+        return targets(rows[index], sft, rng)
+
+    return TrainingImages([row.key for row in rows], [row.path for row in rows], draw, sft.multi_view_share)
+
+
+def targets(row: ImageRow, sft: SFTConfig, rng: random.Random) -> list[Target]:
+    """The captions of a row and a fresh draw of its questions."""
+    from captioner import qa
+    from captioner.train import Target
+
+    found = []
+    if "shorthand" in sft.columns and row.caption:
+        found.append(Target(None, row.caption))
+    if "prose" in sft.columns and row.prose:
+        found.append(Target(prompts.load("describe"), row.prose))
+    if "questions" in sft.columns and row.questions:
+        drawn = rng.sample(row.questions, min(sft.questions_per_image, len(row.questions)))
+        found += [Target(qa.question_text(question), question["answer"]) for question in drawn]
+    return found

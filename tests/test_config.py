@@ -1,0 +1,163 @@
+"""Settings: every field is described and used, and every way to set one wrongly is named."""
+
+import ast
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from captioner.config import Config, EvaluateConfig, FullTuning, fields, load, load_json, shown, values
+from captioner.errors import ConfigError
+
+REPO = Path(__file__).resolve().parent.parent
+SOURCES = [
+    file
+    for folder in ("captioner", "loops")
+    for file in (REPO / folder).rglob("*.py")
+    if file.name != "config.py"
+]
+UNREAD: frozenset[str] = frozenset()  # dotted fields that no code reads yet
+
+
+def test_every_field_is_described() -> None:
+    assert [name for name, info in fields() if not info.description] == []
+
+
+def test_every_field_is_read_outside_config() -> None:
+    read = {
+        node.attr
+        for file in SOURCES
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
+    }
+    names = {name for name, _ in fields()}
+    unread = {name for name in names if name.rpartition(".")[2] not in read}
+    assert unread - UNREAD == set(), "settings that do nothing"
+    assert UNREAD - unread == set(), "settings that are read by now"
+
+
+@pytest.mark.parametrize("toml", sorted((REPO / "loops").glob("*.toml")), ids=lambda path: path.name)
+def test_shipped_toml_loads(toml: Path) -> None:
+    load(toml)
+
+
+def test_precedence(tmp_path: Path) -> None:
+    toml = tmp_path / "a.toml"
+    toml.write_text("[dpo]\nbeta = 0.3\nce_weight = 0.5\n")
+    base = load(None, {"dpo.beta": "0.2", "dpo.golden_sft_steps": "7", "dpo.ce_weight": "2"})
+    config = load(toml, {"dpo.ce_weight": "0.7"}, base)
+    dpo = config.dpo
+    assert (dpo.beta, dpo.ce_weight, dpo.golden_sft_steps, dpo.tuning) == (0.3, 0.7, 7, Config().dpo.tuning)
+
+
+def test_text_values() -> None:
+    config = load(
+        None,
+        {
+            "sft.validation": "none",
+            "sft.data": "images/a, scenes:sft:8",
+            "views.levels": "[1, 3]",
+            "views.center": "false",
+            "views.size": "64",
+        },
+    )
+    assert config.sft.validation is None
+    assert config.sft.data == ("images/a", "scenes:sft:8")
+    assert (config.views.levels, config.views.center, config.views.size) == ((1, 3), False, 64)
+
+
+def test_another_kind_of_section_starts_from_its_own_defaults() -> None:
+    base = load(None, {"sft.tuning.vision_width": "5"})
+    config = load(None, {"sft.tuning.init": "random", "sft.tuning.type": "full"}, base)
+    assert config.sft.tuning == FullTuning(init="random")
+    same_kind = load(None, {"sft.tuning.type": "adapters"}, base)
+    assert same_kind.sft.tuning == base.sft.tuning
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        ({"dpo.betta": "1"}, ["unknown field dpo.betta", "--dpo.betta 1", "did you mean dpo.beta?"]),
+        ({"sft.learning_rate": "1"}, ["did you mean sft.training.learning_rate?"]),
+        ({"view.center": "true"}, ["did you mean views.center?"]),
+        ({"qqqqqqqq": "1"}, ["unknown field qqqqqqqq", "--help"]),
+        ({"sft.training": "1"}, ["a section", "sft.training.steps"]),
+        ({"dpo.beta": "x"}, ["dpo.beta = 'x'", "valid number", "--dpo.beta x", "Rafailov"]),
+        ({"views.levels": "1,b"}, ["views.levels = 'b'", "--views.levels 1,b"]),
+        ({"views.levels": "0"}, ["views.levels", "greater than or equal to 1"]),
+        ({"sft.tuning.type": "ful"}, ["sft.tuning.type = 'ful'", "'adapters', 'full'"]),
+        ({"sft.tuning.init": "random"}, ["not a field of that sft.tuning.type", "--sft.tuning.init random"]),
+        (
+            {"sft.tuning.vision_width": "-1"},
+            ["sft.tuning.vision_width = '-1'", "--sft.tuning.vision_width -1"],
+        ),
+        ({"golden.drop": "0.9"}, ["golden: drop must not lie above keep", "--golden.drop 0.9"]),
+    ],
+)
+def test_wrong_flag(overrides: dict[str, str], parts: list[str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        load(None, overrides)
+    for part in parts:
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("[dpo]\n\nbetta = 1\n", ["unknown field dpo.betta", "a.toml line 3", "dpo.beta"]),
+        ("seed = 'x'\n", ["seed = 'x'", "a.toml line 1"]),
+        ("[sft.training]\nsteps = 0\n", ["sft.training.steps = 0", "a.toml line 2"]),
+        ("[sft]\ntraining.steps = 0\n", ["sft.training.steps = 0", "a.toml line 2"]),
+        ("dpo = {beta = -1}\n", ["dpo.beta = -1", "a.toml"]),
+        ("dpo = 3\n", ["dpo is a section"]),
+        ("[[dpo]]\nbeta = 1\n", ["dpo is a section"]),
+        ("[dpo\n", ["not a TOML file", "a.toml"]),
+    ],
+)
+def test_wrong_toml(tmp_path: Path, text: str, parts: list[str]) -> None:
+    toml = tmp_path / "a.toml"
+    toml.write_text(text)
+    with pytest.raises(ConfigError) as error:
+        load(toml)
+    for part in parts:
+        assert part in str(error.value)
+
+
+def test_missing_and_binary_toml(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="No such file"):
+        load(tmp_path / "no.toml")
+    (tmp_path / "b.toml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="not a TOML file"):
+        load(tmp_path / "b.toml")
+
+
+def test_stored_config_of_another_version(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text('{"dpo": {"gamma": 1}}')
+    with pytest.raises(ConfigError) as error:
+        load_json(file)
+    assert "unknown field dpo.gamma" in str(error.value) and "config.json" in str(error.value)
+    file.write_text("{")
+    with pytest.raises(ConfigError, match="cannot read the stored config"):
+        load_json(file)
+
+
+def test_every_value_can_be_typed() -> None:
+    """What `--dry-run` shows can be typed back as flags and gives the same config."""
+    config = load(None, {"views.levels": "1,2,3", "sft.validation": "none", "qa.holdout": "0.3"})
+    assert load(None, {name: shown(value) for name, value in values(config)}) == config
+
+
+def test_config_is_frozen() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        Config().seed = 1  # type: ignore[misc]
+    assert EvaluateConfig().bootstrap == Config().evaluate.bootstrap
+
+
+@given(st.dictionaries(st.sampled_from([name for name, _ in fields()]), st.text(max_size=8), max_size=3))
+def test_any_text_is_accepted_or_named(overrides: dict[str, str]) -> None:
+    try:
+        load(None, overrides)
+    except ConfigError as error:
+        assert str(error)

@@ -1,0 +1,80 @@
+"""The demo end to end on a random tiny model: every stage runs, stops where it should, and resumes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+
+from captioner import config as configs
+from captioner.config import Config
+from captioner.errors import Refused
+from loops import demo, iterate
+from tests import tiny
+
+TRAINING = {"steps": 2, "batch_size": 4, "save_steps": 2, "log_steps": 1}
+SMALL = {
+    "max_failed": 1.0,
+    "sft": {"data": ["scenes:sft:8"], "validation": "scenes:validation:4", "training": TRAINING},
+    "qa": {"data": "scenes:qa:8", "questions_per_image": 4, "language_width": 8, "training": TRAINING},
+    "golden": {"images": "scenes:round:6", "samples": 3, "sampling": {"max_tokens": 24}, "max_questions": 8},
+    "pairs": {"min_refuted": 0},
+    "dpo": {"golden_sft_steps": 2, "training": TRAINING},
+    "evaluate": {"data": "scenes:test:4", "max_tokens": 24, "bootstrap": 100},
+    "gate": {"data": "scenes:validation:4", "max_recall_loss": 1.0, "min_ended": 0.0},
+}
+
+
+@pytest.fixture(scope="module")
+def arguments(tmp_path_factory: pytest.TempPathFactory) -> argparse.Namespace:
+    home = tmp_path_factory.mktemp("demo")
+    tiny.tiny_checkpoint(home / "tiny")
+    model = {"path": str(home / "tiny"), "device": "cpu"}
+    config = Config.model_validate({**SMALL, "model": model})
+    made = argparse.Namespace(
+        run_dir=home / "run", redo=False, dry_run=False, round=1, rounds=None, config=config
+    )
+    assert demo.run(config, made) == 0
+    return made
+
+
+def test_demo_runs_and_resumes(arguments: argparse.Namespace, capsys: pytest.CaptureFixture[str]) -> None:
+    run_dir: Path = arguments.run_dir
+    stages = {path: path.stat().st_mtime_ns for path in run_dir.rglob("stage.json")}
+    assert demo.run(arguments.config, arguments) == 0
+    assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("stage.json")} == stages
+    out = capsys.readouterr().out
+    for wanted in ("-- sft:", "-- round 1:", "-- evaluation:", "-- report:", "demo done in", "Captioner"):
+        assert wanted in out, wanted
+    names = [c["name"] for c in json.loads((run_dir / "evaluation.json").read_text())["captioners"]]
+    assert names[:3] in (["base", "SFT", "round 1"], ["base", "SFT", "round 1 (refused)"])
+    assert len((run_dir / "captions" / "captions.jsonl").read_text().splitlines()) == 4
+    assert (run_dir / "report.html").read_text().startswith("<!doctype html>")
+
+
+def test_demo_goes_on_after_a_refused_round(
+    arguments: argparse.Namespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[int] = []
+
+    def refuse(run: object, number: int, args: argparse.Namespace) -> None:
+        asked.append(number)
+        home = arguments.run_dir / f"round-{number}"
+        (home / "gate.json").write_text('{"promoted": false, "reasons": []}')
+        raise Refused(f"the gate refused round {number}")
+
+    monkeypatch.setattr(iterate, "run_round", refuse)
+    gate = arguments.run_dir / "round-1" / "gate.json"
+    before = gate.read_text()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("loops.caption.run", lambda config, args: 0)
+        assert demo.run(arguments.config, arguments) == 0
+    gate.write_text(before)
+    assert asked == [1]
+    assert "the demo goes on with" in capsys.readouterr().out
+
+
+def test_demo_toml_is_a_config() -> None:
+    assert configs.load(demo.TOML).model.path == "scenes-base"

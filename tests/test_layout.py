@@ -1,0 +1,179 @@
+"""The shape of the code: imports go down, heavy libraries have one door, functions stay small."""
+
+import ast
+import importlib
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+from loops.cli import COMMANDS
+
+REPO = Path(__file__).resolve().parent.parent
+LEVELS = (
+    {"errors", "config", "records", "prompts", "runs", "scenes"},
+    {"views", "model", "adapters", "soft_prompt"},
+    {"render", "engines", "tool"},
+    {"train", "qa", "golden", "pairs", "fuse", "metrics", "report", "formats"},
+)
+LEVEL = {name: level for level, names in enumerate(LEVELS, 1) for name in names}
+DOORS = {
+    "adapters": {"captioner.adapters"},
+    "peft": {"captioner.adapters"},
+    "trl": {"captioner.train"},
+    "datasets": {
+        "captioner.records",
+        "captioner.formats",
+        "captioner.train",
+    },  # train: the type that TRL takes
+    "vllm": {"captioner.engines"},
+    "ray": {"captioner.engines"},
+}
+SERVING = ("captioner.views", "captioner.render", "captioner.engines", "captioner.formats", "loops.caption")
+MAY_IMPORT_LOOPS = {"loops.iterate", "loops.demo"}
+LONGEST = 100  # lines of a function
+
+
+def _name(file: Path) -> str:
+    parts = file.relative_to(REPO).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+FILES = {
+    _name(file): file for folder in ("captioner", "loops") for file in sorted((REPO / folder).rglob("*.py"))
+}
+TREES = {name: ast.parse(file.read_text(encoding="utf-8")) for name, file in FILES.items()}
+
+
+def imports(name: str) -> Iterator[str]:
+    """Every module a module imports, wherever it does so, but for type hints only."""
+    queue: list[ast.AST] = [TREES[name]]
+    while queue:
+        node = queue.pop()
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            queue.extend(node.orelse)
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{name}: imports name the whole module"
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                yield inner if inner in FILES else node.module
+        queue.extend(ast.iter_child_nodes(node))
+
+
+IMPORTS = {name: set(imports(name)) for name in FILES}
+
+
+def part(module: str) -> str:
+    """The part of the layout that a module of captioner belongs to: `engines` for captioner.engines.hf."""
+    return module.split(".")[1] if "." in module else ""
+
+
+def test_every_module_has_a_level() -> None:
+    assert {part(name) for name in FILES if name.startswith("captioner.")} - set(LEVEL) == set()
+
+
+def test_imports_go_down() -> None:
+    up = [
+        f"{name} (level {LEVEL[part(name)]}) imports {other} (level {LEVEL[part(other)]})"
+        for name in FILES
+        for other in IMPORTS[name]
+        if name.startswith("captioner.")
+        and other.startswith("captioner.")
+        and LEVEL[part(other)] > LEVEL[part(name)]
+    ]
+    up += [
+        f"{name} imports {other}"
+        for name in FILES
+        for other in IMPORTS[name]
+        if name[0] == "c" and other[:5] == "loops"
+    ]
+    assert up == []
+
+
+def test_imports_have_no_circle() -> None:
+    list(TopologicalSorter({name: IMPORTS[name] & set(FILES) - {name} for name in FILES}).static_order())
+
+
+def test_loops_do_not_import_each_other() -> None:
+    names = {name for name in FILES if name.startswith("loops.")} - {"loops.cli"}
+    guilty = {name: IMPORTS[name] & names for name in names - MAY_IMPORT_LOOPS if IMPORTS[name] & names}
+    assert guilty == {}
+
+
+@pytest.mark.parametrize("library", DOORS)
+def test_one_door_per_library(library: str) -> None:
+    users = {name for name in FILES for other in IMPORTS[name] if other.split(".")[0] == library}
+    strangers = {
+        name for name in users if not any(f"{name}.".startswith(f"{door}.") for door in DOORS[library])
+    }
+    assert strangers == set()
+
+
+def test_serving_needs_no_training_library() -> None:
+    """views, render, engines, formats and bulk captioning run where adapters and trl are not installed."""
+    reached: dict[str, str] = {}
+    queue = [name for name in FILES if any(f"{name}.".startswith(f"{start}.") for start in SERVING)]
+    while queue:
+        name = queue.pop()
+        for other in IMPORTS[name] - set(reached):
+            reached[other] = name
+            if other in FILES:
+                queue.append(other)
+    found = {
+        other: name for other, name in reached.items() if other.split(".")[0] in ("adapters", "peft", "trl")
+    }
+    assert found == {}
+
+
+def test_level_one_imports_no_torch() -> None:
+    for name in LEVELS[0]:
+        assert not {
+            other
+            for other in IMPORTS[f"captioner.{name}"]
+            if other.split(".")[0] in ("torch", "transformers")
+        }
+
+
+def test_functions_stay_small() -> None:
+    long = [
+        f"{name}.{node.name}: {(node.end_lineno or 0) - node.lineno + 1} lines"
+        for name, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef) and (node.end_lineno or 0) - node.lineno >= LONGEST
+    ]
+    assert long == []
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_module_imports(name: str) -> None:
+    importlib.import_module(name)
+
+
+def test_every_command_has_its_loop_and_every_loop_its_command() -> None:
+    loops = {name for name in FILES if name.startswith("loops.")} - {"loops.cli"}
+    assert {command.module for command in COMMANDS.values()} == loops
+    for command, row in COMMANDS.items():
+        doc = ast.get_docstring(TREES[row.module]) or ""
+        assert doc.startswith(f"captioner {command}"), row.module
+        assert any(
+            isinstance(node, ast.FunctionDef) and node.name == "run" for node in TREES[row.module].body
+        )
+
+
+def test_every_module_says_what_it_is() -> None:
+    assert [
+        name for name, tree in TREES.items() if name != "captioner.formats" and not ast.get_docstring(tree)
+    ] == []
+
+
+def test_no_pickle_and_no_remote_code() -> None:
+    for name, file in FILES.items():
+        text = file.read_text(encoding="utf-8")
+        assert "trust_remote_code=True" not in text, name
+        assert not IMPORTS[name] & {"pickle", "dill", "joblib", "cloudpickle"}, name
+        for line in text.splitlines():
+            assert "torch.load(" not in line or "weights_only=True" in line, name

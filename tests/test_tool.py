@@ -1,0 +1,176 @@
+"""The rules: splitting, near-duplicates, natural order, questions."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from captioner import scenes
+from captioner.tool import Rules, normalise, split_statements
+
+PLAIN = st.from_regex(r"[a-z]{2,8}( [a-z]{2,8}){0,2}", fullmatch=True)
+
+
+@pytest.mark.parametrize(
+    ("caption", "statements"),
+    [
+        ("red cup, blue bowl", ["red cup", "blue bowl"]),
+        ("red cup; blue bowl\nno people", ["red cup", "blue bowl", "no people"]),
+        ("A red cup. A bowl! Is it? yes", ["A red cup", "A bowl", "Is it", "yes"]),
+        ("bottle of 1.5 litres, 1,000 bees, 2.", ["bottle of 1.5 litres", "1,000 bees", "2"]),
+        ("1,2 stars, 3, 4", ["1,2 stars", "3", "4"]),
+        ('sign reading "stop, now. go", tree', ['sign reading "stop, now. go"', "tree"]),
+        ("sign “halt, friend”, tree", ["sign “halt, friend”", "tree"]),
+        ("sign 'halt, friend', tree", ["sign 'halt, friend'", "tree"]),
+        ("man's hat, dog's ball", ["man's hat", "dog's ball"]),
+        ("dogs' bowl, cats' bed", ["dogs' bowl", "cats' bed"]),
+        ('a 12" pizza, a 10" plate', ['a 12" pizza', 'a 10" plate']),
+        ('an open " mark, tree', ['an open " mark', "tree"]),
+        ("two people (a man, a woman), dog", ["two people (a man, a woman)", "dog"]),
+        ("an open (bracket, tree", ["an open (bracket", "tree"]),
+        ("St. Mary church, J. Smith sign", ["St. Mary church", "J. Smith sign"]),
+        ("- red cup\n* bowl\n2. tree", ["red cup", "bowl", "tree"]),
+        ("red cup,, ,\n ;blue   bowl,", ["red cup", "blue bowl"]),
+        ("赤いカップ、青い空。木", ["赤いカップ", "青い空", "木"]),
+        ("", []),
+        (" ,.;\n", []),
+    ],
+)
+def test_split(caption: str, statements: list[str]) -> None:
+    assert split_statements(caption) == statements
+
+
+@given(st.lists(PLAIN), st.sampled_from([", ", "; ", "\n", ". ", " , "]))
+def test_split_undoes_joining(statements: list[str], separator: str) -> None:
+    assert split_statements(separator.join(statements)) == statements
+
+
+@given(st.text(max_size=200))
+def test_split_takes_any_text_and_loses_no_word(caption: str) -> None:
+    statements = split_statements(caption)
+    assert all(statement == " ".join(statement.split()) and statement for statement in statements)
+    kept = sum(c.isalpha() for c in caption)
+    assert sum(c.isalpha() for statement in statements for c in statement) == kept
+    assert [part for each in statements for part in split_statements(each)] or not statements
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "same"),
+    [
+        ("a red cup", "red cup", True),
+        ("The Red  cup.", "red cup", True),
+        ("cup on the table", "cup on a table", True),
+        ("light-blue wall", "light blue wall", True),
+        ("two cats", "a cat", False),
+        ("two cats", "cats", False),
+        ("cats", "cat", False),
+        ("no people", "people", False),
+        ("cup left of bowl", "bowl left of cup", False),
+        ("letter A", "letter", False),
+        ("vitamin A bottle", "vitamin bottle", False),
+        ('sign "the end"', 'sign "end"', False),
+        ("1.5 litres", "15 litres", False),
+    ],
+)
+def test_near_duplicates(first: str, second: str, same: bool) -> None:
+    assert (normalise(first) == normalise(second)) is same
+    assert len(Rules().merge([first, second])) == (1 if same else 2)
+
+
+@given(st.text(max_size=60))
+def test_normalise_ignores_what_stands_around(text: str) -> None:
+    assert normalise(text) == normalise(f" \n{text} .") == " ".join(normalise(text).split())
+
+
+def test_merge_tells_who_stated_it_and_keeps_the_usual_wording() -> None:
+    merged = Rules().merge(["a red cup, tree", "Red cup, red cup", "", "Red cup, tree, dog"])
+    assert [(each.text, each.candidates) for each in merged] == [
+        ("Red cup", (0, 1, 3)),
+        ("tree", (0, 3)),
+        ("dog", (3,)),
+    ]
+
+
+def test_merge_keeps_what_belongs_together_together() -> None:
+    samples = [
+        "north circle, north red, south star, south blue",
+        "north circle, north green, west ring, west small, west gray, south star, south blue",
+        "south star, south large",
+    ]
+    assert [each.text for each in Rules().merge(samples)] == [
+        "north circle", "north red", "north green", "west ring", "west small", "west gray",
+        "south star", "south large", "south blue",
+    ]  # fmt: skip
+
+
+@given(st.lists(st.lists(PLAIN, max_size=8), max_size=5))
+def test_merge_is_the_union_once(captions: list[list[str]]) -> None:
+    merged = Rules().merge([", ".join(statements) for statements in captions])
+    keys = [normalise(each.text) for each in merged]
+    assert len(set(keys)) == len(keys)
+    assert set(keys) == {normalise(text) for statements in captions for text in statements}
+    for each, key in zip(merged, keys, strict=True):
+        assert each.candidates == tuple(
+            k for k, statements in enumerate(captions) if key in map(normalise, statements)
+        )
+
+
+@given(st.lists(PLAIN, unique_by=normalise), st.integers(0, 1000))
+def test_merge_recovers_the_order_of_partial_captions(statements: list[str], seed: int) -> None:
+    """Captions that leave out parts of one full caption do not disturb its order."""
+    rng = random.Random(seed)
+    partial = [[text for text in statements if rng.random() < 0.6] for _ in range(3)]
+    merged = Rules().merge([", ".join(each) for each in [*partial, statements]])
+    assert [each.text for each in merged] == statements
+
+
+def test_decompose_asks_one_atomic_question() -> None:
+    question = Rules().decompose("no {people} here")
+    assert question.text == "Visible: no {people} here?"
+    assert question.expected == "yes"
+
+
+@pytest.mark.parametrize(
+    ("statement", "checkable"),
+    [
+        ("red cup", True),
+        ("beautiful garden", False),
+        ("taken in 2019", False),
+        ("photo by Jane", False),
+        ("peaceful mood", False),
+        ("seems old", False),
+        ('sign reading "beautiful mood"', True),
+        ("person photographing a bird", True),
+        ("seam in cloth", True),
+    ],
+)
+def test_checkable(statement: str, checkable: bool) -> None:
+    assert Rules().checkable(statement) is checkable
+
+
+def test_every_fact_of_the_scenes_is_checkable_and_stays_apart() -> None:
+    scene = scenes.sample("round", 3)
+    merged = Rules(scenes.kind_of).merge([scenes.shorthand(scene)])
+    assert [each.text for each in merged] == scenes.statements(scene)
+    assert all(Rules().checkable(each.text) for each in merged)
+
+
+@pytest.mark.parametrize(
+    ("statement", "guessed", "exact"),
+    [
+        ("gray background", "background", "background"),
+        ("circle above star", "relation", "relation"),
+        ("north red", "color", "color"),
+        ("north large", "size", "size"),
+        ("north star", "shape", "shape"),
+        ("north dot", "", "mark"),
+        ("redwood trunk", "", ""),
+        ("red north red", "color", ""),
+    ],
+)
+def test_kind(statement: str, guessed: str, exact: str) -> None:
+    assert Rules().kind(statement) == guessed
+    assert Rules(scenes.kind_of).kind(statement) == exact

@@ -1,0 +1,290 @@
+"""captioner/train.py and loops/sft.py on a tiny random model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from captioner import model, render, scenes, train
+from captioner.config import (
+    AdapterTuning,
+    Config,
+    FullTuning,
+    ModelConfig,
+    SFTConfig,
+    SoftPromptConfig,
+    TrainingConfig,
+    ViewsConfig,
+)
+from captioner.errors import DataError, RunError
+from captioner.formats.folder import ImageRow, read_folder
+from captioner.model import Captioner
+from loops import sft as loop
+from tests.tiny import tiny_captioner, tiny_checkpoint
+
+LOSSES = Path(__file__).parent / "losses"
+TRAINING = TrainingConfig(
+    steps=6, batch_size=2, learning_rate=3e-3, warmup=0.2, save_steps=2, log_steps=1, seed=5
+)
+SETTINGS = SFTConfig(columns=("shorthand", "questions"), questions_per_image=3, multi_view_share=0.5)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> list[ImageRow]:
+    folder = tmp_path_factory.mktemp("scenes") / "sft"
+    scenes.write("sft", 7, folder)
+    return read_folder(folder)
+
+
+def prepared(tuning: Any = None, soft: int = 4, seed: int = 1) -> Captioner:
+    captioner = tiny_captioner()
+    tuning = tuning or AdapterTuning(vision_width=4, language_width=4)
+    train.tune(captioner, tuning, SoftPromptConfig(length=soft) if soft else None, seed)
+    return captioner
+
+
+def fit(
+    captioner: Captioner,
+    rows: Sequence[ImageRow],
+    out: Path,
+    training: TrainingConfig = TRAINING,
+    **more: Any,
+) -> dict[str, float]:
+    renderer = render.Renderer(captioner, ViewsConfig())
+    images = loop.training_images(rows, SETTINGS)
+    return train.train_sft(captioner, renderer, images, training, out, **more)
+
+
+def state(captioner: Captioner) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in captioner.model.named_parameters()}
+
+
+def logged(out: Path, name: str = "loss") -> list[float]:
+    lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    return [line[name] for line in lines if name in line]
+
+
+def compare_losses(name: str, losses: list[float]) -> None:
+    """Refactors do not move the regression values. A missing file is written, and the test fails once."""
+    path = LOSSES / f"{name}.txt"
+    if not path.exists():
+        path.write_text("".join(f"{loss:.4f}\n" for loss in losses))
+        pytest.fail(f"{path} was missing; look at it and commit it")
+    assert losses == pytest.approx([float(line) for line in path.read_text().split()], abs=1e-4)
+
+
+def test_loss_is_cross_entropy_of_the_answers(rows: list[ImageRow], tmp_path: Path) -> None:
+    captioner = prepared()
+    renderer = render.Renderer(captioner, ViewsConfig())
+    images = loop.training_images(rows, SETTINGS)
+    collator = train.Collator(renderer, images, 0, 2)
+    trainer = train.make_trainer(
+        train._SFT, captioner, collator, train.sft_arguments(captioner, TRAINING, tmp_path)
+    )
+    batch = collator([{"position": 2}, {"position": 3}])
+    batch.pop("positions")
+    loss = trainer.compute_loss(captioner.model, batch)
+
+    total, tokens = torch.zeros(()), 0
+    order = train.Order(len(rows), 0)
+    for position in (2, 3):  # batch 1: all views
+        patches, grid = renderer.patches_batch([collator._image(order(position))])[0]
+        for target in collator._targets(order(position), position):
+            row = render.TrainRow(patches, grid, False, [renderer.branch_ids(target.text, target.answer)])
+            single = render.collate(renderer, [row])
+            labels = single.pop("labels")[0, 1:]
+            logits = captioner.model(**single).logits[0, :-1]
+            total = total + F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
+            tokens += int((labels != -100).sum())
+    torch.testing.assert_close(loss, total / tokens, rtol=1e-5, atol=1e-5)
+
+
+def test_ten_steps_reproduce_the_stored_losses(rows: list[ImageRow], tmp_path: Path) -> None:
+    captioner = prepared()
+    fit(captioner, rows, tmp_path, TRAINING.model_copy(update={"steps": 10}))
+    compare_losses("sft", logged(tmp_path))
+    assert "forward" not in captioner.model.__dict__  # TRL's patch is gone
+
+
+@pytest.mark.parametrize("tuning", [AdapterTuning(vision_width=4, language_width=4), FullTuning()])
+def test_what_trains_moves_and_the_rest_stays(rows: list[ImageRow], tmp_path: Path, tuning: Any) -> None:
+    captioner = prepared(tuning)
+    before = state(captioner)
+    fit(captioner, rows, tmp_path)
+    after = state(captioner)
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    trained = {name for name, p in captioner.model.named_parameters() if p.requires_grad}
+    unused = (
+        {name for name in trained if not name.endswith("soft")} if isinstance(tuning, FullTuning) else set()
+    )
+    assert trained - moved <= unused - {name for name in unused if "mlp" in name}
+    assert moved <= trained
+    if isinstance(tuning, AdapterTuning):
+        assert moved == trained
+        assert all("adapters" in name or name.endswith(".soft") for name in trained)
+        assert any("visual" in name for name in trained) and any("language" in name for name in trained)
+
+
+def test_resumed_run_equals_an_uninterrupted_one(rows: list[ImageRow], tmp_path: Path) -> None:
+    straight, resumed = prepared(), prepared()
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    wanted = fit(straight, rows, tmp_path / "a")
+
+    class Killed(Exception):
+        pass
+
+    images = loop.training_images(rows, SETTINGS)
+    seen = 0
+
+    def draw(index: int, rng: random.Random) -> Sequence[train.Target]:
+        nonlocal seen
+        seen += 1
+        if (
+            seen > 2 * 5 + 1
+        ):  # in the fifth step (batches are fetched one ahead), after the fourth's checkpoint
+            raise Killed
+        return images.draw(index, rng)
+
+    dying = train.TrainingImages(images.keys, images.paths, draw, images.multi_view_share)
+    with pytest.raises(Killed):
+        renderer = render.Renderer(resumed, ViewsConfig())
+        train.train_sft(resumed, renderer, dying, TRAINING, tmp_path / "b")
+    # the process died while it wrote another checkpoint, too
+    torn = tmp_path / "b" / "checkpoints" / "checkpoint-5"
+    torn.mkdir()
+    (torn / "trainer_state.json").write_text('{"global_step": 5, "ep')
+
+    resumed = prepared()
+    told: list[str] = []
+    got = fit(resumed, rows, tmp_path / "b", report=told.append)
+    assert told == ["resuming from step 4"]
+    assert logged(tmp_path / "b") == pytest.approx(logged(tmp_path / "a"), abs=1e-6)
+    assert got["loss"] == pytest.approx(wanted["loss"], abs=1e-6)
+    for (name, a), b in zip(state(straight).items(), state(resumed).values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6, msg=name)
+
+
+def test_checkpoints_hold_no_pickle_and_no_base(rows: list[ImageRow], tmp_path: Path) -> None:
+    captioner = prepared()
+    fit(captioner, rows, tmp_path)
+    files = [path for path in (tmp_path / "checkpoints").rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} == {".json", ".safetensors"}
+    trained = sum(p.numel() for p in captioner.model.parameters() if p.requires_grad)
+    stored = next(path for path in files if path.name == "trainable.safetensors")
+    assert stored.stat().st_size < 4 * trained + 20_000
+
+
+def test_a_loss_that_is_not_finite_names_its_batch(rows: list[ImageRow], tmp_path: Path) -> None:
+    captioner = prepared()
+    bad = rows[3]
+    poison = ImageRow(bad.key, bad.path, "gray background, ring", questions=bad.questions)
+
+    class Poisoned(render.Renderer):
+        def branch_ids(self, text: str | None, answer: str | None = None) -> tuple[list[int], list[bool]]:
+            ids, mask = super().branch_ids(text, answer)
+            return ([nan_id, *ids], [False, *mask]) if answer == poison.caption else (ids, mask)
+
+    nan_id = len(captioner.tokenizer) - 5
+    with torch.no_grad():
+        captioner.model.get_input_embeddings().soft[-1] = torch.nan
+    nan_id = captioner.soft_prompt_ids.pop()  # no other prompt shows it
+    renderer = Poisoned(captioner, ViewsConfig())
+    images = loop.training_images([*rows[:3], poison, *rows[4:]], SETTINGS)
+    order = train.Order(len(rows), TRAINING.seed)
+    position = next(p for p in range(len(rows)) if order(p) == 3)
+    first = position - position % TRAINING.batch_size
+    with pytest.raises(RunError) as caught:
+        train.train_sft(captioner, renderer, images, TRAINING, tmp_path)
+    batch = [images.keys[order(first + i)] for i in range(TRAINING.batch_size)]
+    assert caught.value.where == "images " + ", ".join(batch)
+    assert f"step {position // TRAINING.batch_size + 1}" in caught.value.what
+
+
+def test_order_visits_every_image_once_an_epoch() -> None:
+    order = train.Order(5, 0)
+    epochs = [[order(5 * epoch + i) for i in range(5)] for epoch in range(3)]
+    assert all(sorted(epoch) == list(range(5)) for epoch in epochs)
+    assert epochs[0] != epochs[1]
+    again = train.Order(5, 0)
+    assert again(7) == epochs[1][2] and again(1) == epochs[0][1]  # in any order of asking
+
+
+@pytest.mark.parametrize(("share", "wanted"), [(0.0, 0), (0.25, 5), (0.1, 2), (1.0, 20)])
+def test_share_of_multi_view_batches(rows: list[ImageRow], share: float, wanted: int) -> None:
+    captioner = prepared()
+    images = loop.training_images(rows, SETTINGS.model_copy(update={"multi_view_share": share}))
+    collator = train.Collator(render.Renderer(captioner, ViewsConfig()), images, 0, 2)
+    views = [len(collator([{"position": 2 * i}])["image_grid_thw"]) for i in range(20)]
+    assert views.count(6) == wanted and views.count(1) == 20 - wanted
+
+
+def test_draws_differ_between_epochs_and_repeat_for_a_position(rows: list[ImageRow]) -> None:
+    captioner = prepared()
+    collator = train.Collator(
+        render.Renderer(captioner, ViewsConfig()), loop.training_images(rows, SETTINGS), 0, 2
+    )
+    first, again, other = (collator._targets(0, position) for position in (3, 3, 10))
+    assert first == again and first != other
+
+
+def test_an_unreadable_image_is_named(rows: list[ImageRow], tmp_path: Path) -> None:
+    (tmp_path / "x.png").write_bytes(b"no image")
+    broken = ImageRow("x", tmp_path / "x.png", "gray background", questions=rows[0].questions)
+    with pytest.raises(DataError, match=r"x\.png"):
+        fit(prepared(), [broken], tmp_path)
+
+
+def test_a_row_beyond_the_models_reach_is_named(rows: list[ImageRow], tmp_path: Path) -> None:
+    captioner = prepared()
+    captioner.model.config.get_text_config().max_position_embeddings = 150
+    long = ImageRow("long", rows[0].path, "gray background, " * 30, questions=rows[0].questions)
+    with pytest.raises(DataError, match="long"):
+        fit(captioner, [rows[1], long], tmp_path)
+
+
+def test_validation_loss_is_token_weighted(rows: list[ImageRow]) -> None:
+    captioner = prepared()
+    renderer = render.Renderer(captioner, ViewsConfig())
+    images = loop.training_images(rows, SETTINGS.model_copy(update={"multi_view_share": 1.0}))
+    losses = [train.validation_loss(captioner, renderer, images, size) for size in (1, 3, 7)]
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
+
+
+def test_missing_column_is_refused(rows: list[ImageRow]) -> None:
+    with pytest.raises(DataError, match="prose"):
+        loop.training_images([ImageRow("a", rows[0].path, "red")], SFTConfig(columns=("prose",)))
+
+
+def test_sft_command(tmp_path: Path) -> None:
+    tiny_checkpoint(tmp_path / "base")
+    config = Config(
+        model=ModelConfig(path=str(tmp_path / "base")),
+        sft=SFTConfig(data=("scenes:sft:4",), validation="scenes:validation:2", training=TRAINING),
+    )
+    args = argparse.Namespace(run_dir=tmp_path / "run", redo=False)
+    assert loop.run(config, args) == 0
+    out = tmp_path / "run" / "sft"
+    names = {path.name for path in out.iterdir()}
+    assert {"adapter", "captioner", "metrics.jsonl", "stage.json"} <= names and "checkpoints" not in names
+    assert {path.name for path in (out / "adapter").iterdir()} == {
+        "adapter.safetensors",
+        "adapter_config.json",
+        "soft_prompt.safetensors",
+    }
+    assert len(logged(out, "validation_loss")) == 3
+    manifest = json.loads((out / "stage.json").read_text())
+    assert manifest["metrics"]["loss"] == logged(out)[-1]
+    trained = model.load(out / "captioner")
+    assert len(trained.soft_prompt_ids) == 8
+    before = (out / "stage.json").read_bytes()
+    assert loop.run(config, args) == 0  # done before: nothing happens
+    assert (out / "stage.json").read_bytes() == before
