@@ -130,7 +130,7 @@ class SFTConfig(Section):
     questions_per_image: int = Field(8, ge=1)
     """Questions drawn per image and epoch where `columns` has questions."""
     multi_view_share: float = Field(1.0, ge=0, le=1)
-    """Share of the rows that show all views; the others show the whole view only."""
+    """Share of the batches that show all views; the others show the whole view only."""
     tuning: Tuning = AdapterTuning()
     soft_prompt: SoftPromptConfig = SoftPromptConfig()
     training: TrainingConfig = TrainingConfig()

@@ -71,7 +71,7 @@ class Renderer:
         images = captioner.processor.image_processor
         self.patch, self.merge, self.frames = images.patch_size, images.merge_size, images.temporal_patch_size
         self.factor = self.patch * self.merge
-        self.size = config.size or captioner.view_size
+        self.size = self.config.size or captioner.view_size
         scale = images.rescale_factor if images.do_rescale else 1.0
         mean, std = (images.image_mean, images.image_std) if images.do_normalize else ([0.0] * 3, [1.0] * 3)
         self._mean = torch.tensor(mean, dtype=torch.float32).view(1, 3, 1) * (1.0 / scale)
