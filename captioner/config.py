@@ -29,7 +29,7 @@ class Section(BaseModel):
 class ModelConfig(Section):
     path: str = "scenes-base"
     """Checkpoint directory of a Qwen-VL family model; `scenes-base` is the shipped one."""
-    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
     """Number format of the weights; `auto` = bfloat16 on CUDA, float32 elsewhere."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where the model runs; `auto` = CUDA if there is one, then MPS, then CPU."""

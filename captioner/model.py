@@ -227,11 +227,11 @@ def checkpoint_path(path: str) -> Path:
     return next((place for place in places if place.is_dir()), places[0])
 
 
-def stored_dtype(path: Path) -> Literal["auto", "float32", "bfloat16", "float64"]:
+def stored_dtype(path: Path) -> Literal["auto", "float32", "bfloat16", "float16", "float64"]:
     """The number format a checkpoint is stored in; ``auto`` where config.json names none of ours."""
     settings = _check_files(path)
     name = settings.get("dtype", settings.get("torch_dtype"))
-    return name if name in ("float32", "bfloat16", "float64") else "auto"
+    return name if name in ("float32", "bfloat16", "float16", "float64") else "auto"
 
 
 def describe_trainable(model: nn.Module) -> list[tuple[str, int, float]]:

@@ -43,7 +43,7 @@ COLORS = {
     "cyan": (40, 200, 220),
     "brown": (120, 70, 30),
 }
-RADIUS_PX = {"small": 9, "large": 16}
+RADIUS_PX = {"small": 12, "large": 17}
 MARKS = ("dot", "bar", "slash")
 BACKGROUNDS = {
     "white": (246, 246, 246),
@@ -96,13 +96,13 @@ class Split:
     stream: int
     min_objects: int
     max_objects: int
-    bias: float  # share of objects that carry their shape's usual mark and of those with its usual colour
+    bias: float  # share of objects with their shape's usual mark; a quarter of it have its usual colour
     rare: float  # weight of a rare combination against a common one
     held_out: bool
 
 
 SPLITS = {
-    "train": Split(1, 1, 5, bias=0.8, rare=0.1, held_out=False),
+    "train": Split(1, 1, 5, bias=0.5, rare=0.1, held_out=False),
     "sft": Split(2, 2, 3, bias=0.8, rare=0.0, held_out=False),
     "qa": Split(3, 2, 5, bias=0.0, rare=1.0, held_out=False),
     "round": Split(4, 2, 5, bias=0.0, rare=1.0, held_out=True),
@@ -165,7 +165,7 @@ def sample(split: str, index: int, seed: int = 0) -> Scene:
 def _sample_thing(rng: np.random.Generator, how: Split, position: str) -> Thing:
     while True:
         shape = str(rng.choice(SHAPES))
-        color = USUAL_COLOR[shape] if rng.random() < how.bias * 0.5 else str(rng.choice(list(COLORS)))
+        color = USUAL_COLOR[shape] if rng.random() < how.bias * 0.25 else str(rng.choice(list(COLORS)))
         if (shape, color) in HELD_OUT and not how.held_out:
             continue
         if (shape, color) in RARE and rng.random() >= how.rare:
@@ -185,7 +185,7 @@ def draw(scene: Scene, index: int = 0) -> Image.Image:
     image = Image.new("RGB", (SIZE_PX, SIZE_PX), BACKGROUNDS[scene.background])
     for thing in scene.objects:
         sprite = _sprite(thing.shape, thing.color, thing.size, thing.mark, _ink(thing, scene))
-        jitter = rng.integers(-3, 4, 2)
+        jitter = rng.integers(-2, 3, 2)
         x = MARGIN_PX + CELL_PX * thing.column + (CELL_PX - sprite.width) // 2 + int(jitter[0])
         y = MARGIN_PX + CELL_PX * thing.row + (CELL_PX - sprite.height) // 2 + int(jitter[1])
         image.paste(sprite, (x, y), sprite)
@@ -243,7 +243,7 @@ def _star(middle: float, radius: float) -> list[tuple[float, float]]:
 
 
 def _draw_mark(pen: ImageDraw.ImageDraw, mark: str, middle: float, ink: str) -> None:
-    half = 3 * SUPERSAMPLE
+    half = 3.5 * SUPERSAMPLE
     if mark == "dot":
         pen.ellipse(
             [middle - half * 0.9, middle - half * 0.9, middle + half * 0.9, middle + half * 0.9], fill=ink

@@ -110,7 +110,11 @@ COMMANDS: dict[str, Command] = {
     "data": Command("loops.data", "look at and check an image folder", (), ("{folder}",)),
     "scenes": Command("loops.scenes", "render the procedural data set"),
     "demo": Command(
-        "loops.demo", "the whole story on the embedded default, minutes on a CPU", (), (), ("{run}",)
+        "loops.demo",
+        "the whole story on the embedded default, minutes on a CPU",
+        (*_ENGINE, "sft", "qa", "golden", "pairs", "dpo", "gate", "evaluate", "caption"),
+        ("{config.model.path}",),
+        ("{run}",),
     ),
 }
 

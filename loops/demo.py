@@ -1,21 +1,32 @@
-"""captioner demo: the whole story on the embedded scenes, minutes on a laptop CPU.
+"""captioner demo [--seeds N]: the whole story on the embedded scenes, minutes on a laptop CPU.
 
 SFT, two rounds of self-correction with their gates, an evaluation of every captioner, captions of the test
-images, and the report. The same command continues a killed demo.
+images, and the report. The same command continues a killed demo. ``--seeds 3`` does it three times, each
+with other scenes and other random numbers, in seed-0, seed-1, ... of the run directory, and ends with one
+table over the seeds.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from captioner import metrics
 from captioner.config import Config
 from captioner.errors import Refused
 from captioner.formats import resolve
+from captioner.metrics import Counts
 from captioner.runs import Run, atomic_write_json
 from loops import caption, evaluate, iterate, report, sft
 from loops.iterate import arguments
@@ -24,8 +35,22 @@ TOML = Path(__file__).with_name("demo.toml")  # the command line reads it where 
 ROUNDS = (1, 2)
 
 
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--seeds", type=int, default=1, metavar="N", help="runs with seeds 0 to N-1 (default 1)"
+    )
+
+
 def run(config: Config, args: argparse.Namespace) -> int:
     """Every stage from where it stands. A round that its gate refuses ends the rounds, not the demo."""
+    if args.seeds > 1:
+        return over_seeds(config, args)
+    run_once(config, args)
+    return 0
+
+
+def run_once(config: Config, args: argparse.Namespace) -> None:
+    """One run, from SFT to the report."""
     times: dict[str, float] = {}
     started = time.monotonic()
     with _timed(times, "sft"):
@@ -60,7 +85,72 @@ def run(config: Config, args: argparse.Namespace) -> int:
     print(f"report:   {run.path / 'report.html'}")
     parts = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in times.items())
     print(f"demo done in {time.monotonic() - started:.0f} s ({parts})")
+
+
+def over_seeds(config: Config, args: argparse.Namespace) -> int:
+    """The demo once per seed, then the table over seeds: images and seeds are both resampled."""
+    home, counts, accuracies = args.run_dir, list[list[list[Counts]]](), list[dict[str, Any]]()
+    summary: dict[str, Any] = {}
+    for seed in range(args.seeds):
+        one = copy.copy(args)
+        one.run_dir = home / f"seed-{seed}"
+        settings = config.model_copy(update={"seed": config.seed + seed})
+        run_once(settings, one)
+        run = Run.open(one.run_dir, settings, create=False)
+        summary, of_seed = evaluate.evaluate(run, _kept(run, settings), config.evaluate.data)
+        counts.append(of_seed)
+        last = run.path / f"round-{ROUNDS[-1]}" / "qa" / "accuracy.json"
+        accuracies += [json.loads(last.read_text(encoding="utf-8"))] if last.is_file() else []
+    names = [one["name"] for one in summary["captioners"]]
+    pooled = _pooled(names, counts, config.evaluate.bootstrap)
+    data = f"{config.evaluate.data}, {args.seeds} seeds"
+    pooled |= {"data": data, "images": summary["images"]}
+    atomic_write_json(home / "evaluation.json", pooled)
+    evaluate.print_table(pooled)
+    _print_verifier(accuracies)
+    print(f"table: {home / 'evaluation.json'}")
     return 0
+
+
+def _kept(run: Run, config: Config) -> list[evaluate.Entry]:
+    """Base, SFT, and what the run had after each round: a refused round leaves the captioner before it."""
+    entries = evaluate.run_entries(run, config)[:2]
+    kept = [evaluate.Entry(f"round {n}", run.current_captioner(n + 1)) for n in ROUNDS]
+    return entries + kept
+
+
+def _pooled(names: Sequence[str], counts: list[list[list[Counts]]], resamples: int) -> dict[str, Any]:
+    """Means over seeds, and what changed from each captioner to the next and from SFT to the last."""
+    columns = [list(column) for column in zip(*counts, strict=True)]  # [captioner][seed]
+    captioners = [
+        {"name": name, "metrics": _json(metrics.evaluate_runs(column, resamples=resamples))}
+        for name, column in zip(names, columns, strict=True)
+    ]
+    steps = [(at - 1, at) for at in range(1, len(names))] + [(1, len(names) - 1)]
+    differences = [
+        {
+            "from": names[a],
+            "to": names[b],
+            "metrics": _json(metrics.difference_runs(columns[a], columns[b], resamples=resamples)),
+        }
+        for a, b in steps
+    ]
+    return {"captioners": captioners, "differences": differences}
+
+
+def _json(intervals: dict[str, metrics.Interval]) -> dict[str, Any]:
+    return {name: interval.to_json() for name, interval in intervals.items()}
+
+
+def _print_verifier(accuracies: Sequence[dict[str, Any]]) -> None:
+    """Held-out accuracy of the last round's verifier by kind of question: mean and range over seeds."""
+    table = Table(title=f"Verifier of round {ROUNDS[-1]}, held-out accuracy", box=box.SIMPLE_HEAD)
+    for title in ("Questions", "Mean", "Least", "Most"):
+        table.add_column(title, justify="left" if title == "Questions" else "right")
+    for name in accuracies[0] if accuracies else ():
+        scores = [each[name]["accuracy"] for each in accuracies if name in each]
+        table.add_row(name, *(f"{value:.3f}" for value in (fmean(scores), min(scores), max(scores))))
+    Console().print(table)
 
 
 def _round(run: Run, number: int, args: argparse.Namespace) -> bool:

@@ -311,7 +311,7 @@ class _Reader:
 def print_table(summary: dict[str, Any]) -> None:
     """Every captioner with its 95 % intervals, then what each step changed, paired."""
     console = Console()
-    images = f"{summary['data']}, {summary['images']} images; 95 % bootstrap intervals over images"
+    images = f"{summary['data']}, {summary['images']} images; 95 % bootstrap intervals"
     table = Table(title=images, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
     table.add_column("Captioner", min_width=9, max_width=9)
     for label in COLUMNS.values():

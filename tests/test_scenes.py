@@ -106,7 +106,7 @@ def test_planted_correlation_is_broken_in_the_test_split():
         things = [thing for i in range(400) for thing in scenes.sample(split, i).objects]
         return np.mean([thing.mark == scenes.USUAL_MARK[thing.shape] for thing in things])
 
-    assert usual("train") > 0.75 and usual("sft") > 0.75
+    assert usual("train") > 0.55 and usual("sft") > 0.75
     assert usual("test") < 0.4 and usual("qa") < 0.4
 
 

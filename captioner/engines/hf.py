@@ -69,6 +69,15 @@ def _with_room(states: Tensor, room: int) -> Tensor:
     return buffer
 
 
+@dataclass(frozen=True)
+class Shown:
+    """What the model sees of one image."""
+
+    patches: Tensor  # uint8 [P, 3*p*p]
+    grid: Tensor  # [V, 3]
+    tags: Sequence[str]  # V
+
+
 @dataclass
 class Prefill:
     """The cache of I prompts, padded on the right: holes between a prompt and what follows are masked out."""
@@ -133,11 +142,13 @@ class HFEngine:
     ) -> Iterator[list[Candidate]]:
         """``n`` captions of every image, in request order; see :class:`captioner.engines.Engine`."""
         tail = self.renderer.branch_ids(self.prompt)[0]
-        for group in _groups(requests, max(1, self.batch_size // n)):
-            prefill = self._prefill([(request.image, "all") for request in group], tail)
+        # Cut as they are pulled: a batch holds the patches of its images, never the decoded images.
+        cut = ((request.key, request.sample_id, self._cut(request.image)) for request in requests)
+        for group in _groups(cut, max(1, self.batch_size // n)):
+            prefill = self._prefill([shown for _, _, shown in group], tail)
             tasks = [
-                (i, k, row_seed(sampling.seed, request.sample_id, k))
-                for i, request in enumerate(group)
+                (i, k, row_seed(sampling.seed, sample_id, k))
+                for i, (_, sample_id, _) in enumerate(group)
                 for k in range(n)
             ]
             captions = []
@@ -145,19 +156,19 @@ class HFEngine:
                 index = torch.tensor([i for i, _, _ in chunk], device=self.captioner.device)
                 captions += self._decode(prefill, index, [seed for _, _, seed in chunk], sampling)
             candidates = [
-                self._candidate(group[i], k, seed, tokens, logprobs)
+                self._candidate(*group[i][:2], k, seed, tokens, logprobs)
                 for (i, k, seed), (tokens, logprobs) in zip(tasks, captions, strict=True)
             ]
             yield from (candidates[at : at + n] for at in range(0, len(candidates), n))
 
     def _candidate(
-        self, request: CaptionRequest, k: int, seed: int, tokens: list[int], logprobs: list[float]
+        self, key: str, sample_id: str, k: int, seed: int, tokens: list[int], logprobs: list[float]
     ) -> Candidate:
         ended = tokens[-1] in self._stops
         text = self.captioner.tokenizer.decode(tokens[:-1] if ended else tokens, skip_special_tokens=True)
         return Candidate(
-            sample=request.sample_id,
-            key=request.key,
+            sample=sample_id,
+            key=key,
             k=k,
             text=text.strip(),
             finish_reason="stop" if ended else "length",
@@ -211,12 +222,13 @@ class HFEngine:
     @torch.no_grad()  # not inference_mode: what the model caches meanwhile must stay usable in training
     def p_yes(self, requests: Iterable[QuestionBatch]) -> Iterator[list[YesNo]]:
         """One :class:`YesNo` per question, in request order; see :class:`captioner.engines.Engine`."""
-        for group in _groups(requests, IMAGES_PER_PREFIX_BATCH):
-            prefill = self._prefill([(request.image, request.view) for request in group], [])
-            ids = [self.renderer.branch_ids(q)[0] for request in group for q in request.questions]
-            owner = [i for i, request in enumerate(group) for _ in request.questions]
+        cut = ((request.questions, self._cut(request.image, request.view)) for request in requests)
+        for group in _groups(cut, IMAGES_PER_PREFIX_BATCH):
+            prefill = self._prefill([shown for _, shown in group], [])
+            ids = [self.renderer.branch_ids(q)[0] for questions, _ in group for q in questions]
+            owner = [i for i, (questions, _) in enumerate(group) for _ in questions]
             answers = iter(self._ask(prefill, ids, owner))
-            yield from (list(itertools.islice(answers, len(request.questions))) for request in group)
+            yield from (list(itertools.islice(answers, len(questions))) for questions, _ in group)
 
     def _ask(self, prefill: Prefill, ids: list[list[int]], owner: list[int]) -> list[YesNo]:
         """Answers of the questions ``ids`` about images ``owner``; questions of one length go together."""
@@ -239,16 +251,17 @@ class HFEngine:
 
     # ---- forward passes
 
-    def _prefill(self, shown: Sequence[tuple[Image.Image | Path, str]], tail: list[int]) -> Prefill:
-        """Encode images (each with "all" or the tag of the one view shown), ``tail`` behind each of them."""
+    def _cut(self, image: Image.Image | Path, view: str = "all") -> Shown:
+        """The patches of an image: of all its views, or of the one of that tag."""
+        decoded = views.load_image(image)[0] if isinstance(image, Path) else image
+        part = self.renderer.patches_batch([decoded])[0]
+        tags = self.renderer.tags()
+        return Shown(*part, tags) if view == "all" else _one_view(part, tags, view)
+
+    def _prefill(self, shown: Sequence[Shown], tail: list[int]) -> Prefill:
+        """Encode images and ``tail`` behind each of them."""
         device, renderer = self.captioner.device, self.renderer
-        images = [views.load_image(image)[0] if isinstance(image, Path) else image for image, _ in shown]
-        parts = renderer.patches_batch(images)
-        parts_tags = [
-            _one_view(part, renderer.tags(), view) if view != "all" else (*part, renderer.tags())
-            for part, (_, view) in zip(parts, shown, strict=True)
-        ]
-        prefixes = [renderer.prefix(grid, tags) for _, grid, tags in parts_tags]
+        prefixes = [renderer.prefix(each.grid, each.tags) for each in shown]
         tokens, mask = _right_pad([prefix.ids + tail for prefix in prefixes], renderer.end_id, device)
         positions = torch.zeros(3, *tokens.shape, dtype=torch.long)
         for i, prefix in enumerate(prefixes):
@@ -261,8 +274,8 @@ class HFEngine:
             attention_mask=mask,
             position_ids=positions.to(device),
             past_key_values=cache,
-            pixel_values=renderer.normalise(torch.cat([p for p, _, _ in parts_tags])).to(device),
-            image_grid_thw=torch.cat([g for _, g, _ in parts_tags]).to(device),
+            pixel_values=renderer.normalise(torch.cat([each.patches for each in shown])).to(device),
+            image_grid_thw=torch.cat([each.grid for each in shown]).to(device),
             use_cache=True,
         )[0]
         following = torch.tensor([prefix.next_position + len(tail) for prefix in prefixes], device=device)
@@ -316,9 +329,7 @@ def _stop_ids(captioner: Captioner, end_id: int) -> set[int]:
     return {end_id, *(i for i in [*named, captioner.tokenizer.eos_token_id] if i is not None)}
 
 
-def _one_view(
-    part: tuple[Tensor, Tensor], tags: Sequence[str], view: str
-) -> tuple[Tensor, Tensor, tuple[str]]:
+def _one_view(part: tuple[Tensor, Tensor], tags: Sequence[str], view: str) -> Shown:
     """The patches, grid and tag of the one view of that name."""
     if view not in tags:
         known = ", ".join(tags)
@@ -326,7 +337,7 @@ def _one_view(
     patches, grid = part
     at = list(tags).index(view)
     start = int(grid[:at].prod(1).sum())
-    return patches[start : start + int(grid[at].prod())], grid[at : at + 1], (view,)
+    return Shown(patches[start : start + int(grid[at].prod())], grid[at : at + 1], (view,))
 
 
 def _right_pad(rows: Sequence[list[int]], value: int, device: torch.device) -> tuple[Tensor, Tensor]:
