@@ -21,7 +21,7 @@ from datetime import UTC, datetime
 from functools import cache, lru_cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Generic
+from typing import TYPE_CHECKING, Any, Generic
 from weakref import WeakValueDictionary
 
 from pydantic import BaseModel
@@ -31,6 +31,10 @@ from captioner.config import Config, load_json
 from captioner.errors import DataError, RunError
 from captioner.records import RecordT, read_parquet, write_parquet
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
+TABLE_WIDTH = 120  # columns
 _PACKAGES = ("torch", "transformers", "adapters", "trl", "peft", "datasets", "pyarrow", "pydantic", "vllm")
 
 
@@ -495,6 +499,13 @@ class Progress:
 
     def advance(self, n: int = 1) -> None:
         """``n`` more are done."""
+
+
+def console() -> Console:
+    """Where tables are printed; wide enough for them where the output is no terminal."""
+    from rich.console import Console
+
+    return Console() if sys.stdout.isatty() else Console(width=TABLE_WIDTH)
 
 
 @contextmanager

@@ -19,7 +19,6 @@ from statistics import fmean
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from captioner import metrics
@@ -27,7 +26,7 @@ from captioner.config import Config
 from captioner.errors import Refused
 from captioner.formats import resolve
 from captioner.metrics import Counts
-from captioner.runs import Run, atomic_write_json
+from captioner.runs import Run, atomic_write_json, console
 from loops import caption, evaluate, iterate, report, sft
 from loops.iterate import arguments
 
@@ -150,7 +149,7 @@ def _print_verifier(accuracies: Sequence[dict[str, Any]]) -> None:
     for name in accuracies[0] if accuracies else ():
         scores = [each[name]["accuracy"] for each in accuracies if name in each]
         table.add_row(name, *(f"{value:.3f}" for value in (fmean(scores), min(scores), max(scores))))
-    Console().print(table)
+    console().print(table)
 
 
 def _round(run: Run, number: int, args: argparse.Namespace) -> bool:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from captioner import metrics, prompts
@@ -28,7 +27,7 @@ from captioner.formats.folder import ImageRow, read_folder
 from captioner.metrics import Counts, Interval
 from captioner.records import CaptionRow
 from captioner.report import cell
-from captioner.runs import Run, Shards, atomic_write_json, hash_path, progress
+from captioner.runs import Run, Shards, atomic_write_json, console, hash_path, progress
 from captioner.views import BadImage, load_image
 
 COLUMNS = {
@@ -310,7 +309,7 @@ class _Reader:
 
 def print_table(summary: dict[str, Any]) -> None:
     """Every captioner with its 95 % intervals, then what each step changed, paired."""
-    console = Console()
+    out = console()
     images = f"{summary['data']}, {summary['images']} images; 95 % bootstrap intervals"
     table = Table(title=images, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
     table.add_column("Captioner", min_width=9, max_width=9)
@@ -319,7 +318,7 @@ def print_table(summary: dict[str, Any]) -> None:
     for one in summary["captioners"]:
         cells = (cell(name, one["metrics"][name], short=True) for name in COLUMNS)
         table.add_row(one["name"], *(f"{value}\n[dim]{span}[/dim]" for value, span in cells))
-    console.print(table)
+    out.print(table)
     for step in summary["differences"]:
         parts = []
         for name in ("precision", "recall", "hallucinated"):
@@ -327,4 +326,4 @@ def print_table(summary: dict[str, Any]) -> None:
             if x.value == x.value:  # not NaN: the metric is defined for both
                 parts.append(f"{name} {x.value * 100:+.1f} ({x.low * 100:+.1f} to {x.high * 100:+.1f})")
         if parts:
-            console.print(f"{step['from']} to {step['to']}, points: {', '.join(parts)}", highlight=False)
+            out.print(f"{step['from']} to {step['to']}, points: {', '.join(parts)}", highlight=False)

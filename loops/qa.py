@@ -14,7 +14,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.table import Column, Table
 
 from captioner import qa
@@ -22,7 +21,7 @@ from captioner.config import AdapterTuning, Config
 from captioner.errors import DataError
 from captioner.formats import resolve
 from captioner.formats.folder import ImageRow, read_folder
-from captioner.runs import Run, atomic_write_json, progress
+from captioner.runs import Run, atomic_write_json, console, progress
 from captioner.views import load_image
 
 if TYPE_CHECKING:
@@ -148,4 +147,4 @@ def print_table(accuracies: dict[str, qa.Accuracy]) -> None:
     for name, a in accuracies.items():
         scores = (a.accuracy, a.precision, a.recall, a.yes_ratio, a.calibration_error)
         table.add_row(name, str(a.count), *("-" if score is None else f"{score:.3f}" for score in scores))
-    Console().print(table)
+    console().print(table)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from captioner import config as configs
+from captioner import metrics
 from captioner.config import Config
 from captioner.errors import Refused
 from loops import demo, iterate
@@ -34,7 +35,7 @@ def arguments(tmp_path_factory: pytest.TempPathFactory) -> argparse.Namespace:
     model = {"path": str(home / "tiny"), "device": "cpu"}
     config = Config.model_validate({**SMALL, "model": model})
     made = argparse.Namespace(
-        run_dir=home / "run", redo=False, dry_run=False, round=1, rounds=None, config=config
+        run_dir=home / "run", redo=False, dry_run=False, round=1, rounds=None, seeds=1, config=config
     )
     assert demo.run(config, made) == 0
     return made
@@ -52,6 +53,38 @@ def test_demo_runs_and_resumes(arguments: argparse.Namespace, capsys: pytest.Cap
     assert names[:3] in (["base", "SFT", "round 1"], ["base", "SFT", "round 1 (refused)"])
     assert len((run_dir / "captions" / "captions.jsonl").read_text().splitlines()) == 4
     assert (run_dir / "report.html").read_text().startswith("<!doctype html>")
+
+
+def test_table_over_seeds() -> None:
+    """Means over seeds, paired differences, and the step from SFT to the last captioner."""
+
+    def row(key: str, true: int, false: int) -> metrics.Counts:
+        values = dict.fromkeys(metrics.COLUMNS, 0) | {
+            "captions": 1,
+            "statements": true + false,
+            "true": true,
+            "false": false,
+            "facts": 10,
+            "recalled": true,
+            "ended": 1,
+            "tokens": 5,
+        }
+        return metrics.Counts(key, True, tuple(values.values()))
+
+    def captioner(true: int, false: int) -> list[metrics.Counts]:
+        return [row(str(i), true, false) for i in range(6)]
+
+    seeds = [
+        [captioner(4, 4), captioner(5, 5), captioner(6, 4), captioner(8, 2)],
+        [captioner(4, 4), captioner(6, 4), captioner(7, 3), captioner(9, 1)],
+    ]
+    pooled = demo._pooled(["base", "SFT", "round 1", "round 2"], seeds, resamples=100)
+    hallucinated = [one["metrics"]["hallucinated"]["value"] for one in pooled["captioners"]]
+    assert hallucinated == pytest.approx([0.5, 0.45, 0.35, 0.15])
+    last = pooled["differences"][-1]
+    assert (last["from"], last["to"]) == ("SFT", "round 2")
+    assert last["metrics"]["hallucinated"]["value"] == pytest.approx(-0.3)
+    assert last["metrics"]["recall"]["value"] == pytest.approx(0.3)
 
 
 def test_demo_goes_on_after_a_refused_round(
