@@ -2,7 +2,8 @@
 
 A scene is up to five objects on a 3 x 3 grid. In the base's training splits, marks and colours co-occur
 with shapes (a *planted* correlation, like the necklace guessed from the hairstyle); the evaluation splits
-break it (cf. CLEVR-Hans). Marks are about three pixels wide in the whole view and plain in a crop.
+break it (cf. CLEVR-Hans). Marks are about three pixels wide in the whole view and plain in a crop. Half of
+the base's training pictures are close-ups, as on the web: there it sees what a mark is.
 Every answer is executed on the scene, never assumed (cf. CLEVR, ShapeWorld).
 """
 
@@ -32,6 +33,7 @@ POSITIONS = (
     "west", "center", "east",
     "southwest", "south", "southeast",
 )  # fmt: skip
+CORNERS = (0, 2, 6, 8)
 SHAPES = ("circle", "square", "triangle", "star", "plus", "ring")
 COLORS = {
     "red": (214, 39, 40),
@@ -58,6 +60,7 @@ VALUES: dict[str, tuple[str, ...]] = {
     "size": tuple(RADIUS_PX),
     "mark": MARKS,
 }
+QUESTIONS_PER_KIND = {"shape": 4, "color": 2, "size": 3, "mark": 4, "background": 1, "relation": 3}
 KIND_OF_WORD = {value: kind for kind, values in VALUES.items() for value in values}
 
 # The planted correlation: what a shape usually carries in the biased splits.
@@ -99,10 +102,11 @@ class Split:
     bias: float  # share of objects with their shape's usual mark; a quarter of it have its usual colour
     rare: float  # weight of a rare combination against a common one
     held_out: bool
+    close: float = 0.0  # share of close-ups: a 2 x 2 grid, objects about 1.5 times as large
 
 
 SPLITS = {
-    "train": Split(1, 1, 5, bias=0.5, rare=0.1, held_out=False),
+    "train": Split(1, 1, 5, bias=0.5, rare=0.1, held_out=False, close=0.5),
     "sft": Split(2, 2, 3, bias=0.8, rare=0.0, held_out=False),
     "qa": Split(3, 2, 5, bias=0.0, rare=1.0, held_out=False),
     "round": Split(4, 2, 5, bias=0.0, rare=1.0, held_out=True),
@@ -132,6 +136,7 @@ class Thing:
 class Scene:
     background: str
     objects: tuple[Thing, ...]  # in reading order
+    close: bool = False  # objects stand in the four corners only; nobody can tell how large they are
 
     def at(self, position: str) -> Thing | None:
         return next((thing for thing in self.objects if thing.position == position), None)
@@ -144,7 +149,7 @@ class Scene:
         """Raises DataError where the text is not the JSON of a scene."""
         try:
             data = json.loads(text)
-            return cls(data["background"], tuple(Thing(**thing) for thing in data["objects"]))
+            return cls(data["background"], tuple(Thing(**thing) for thing in data["objects"]), data["close"])
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"not the facts of a scene: {text[:80]!r} ({error})") from error
 
@@ -156,10 +161,12 @@ def sample(split: str, index: int, seed: int = 0) -> Scene:
     """Scene number ``index`` of a split: the same for the same arguments, on every machine."""
     how = SPLITS[split]
     rng = np.random.default_rng([how.stream, seed, index])
-    count = int(rng.integers(how.min_objects, how.max_objects + 1))
-    cells = sorted(int(cell) for cell in rng.choice(len(POSITIONS), count, replace=False))
+    close = bool(rng.random() < how.close)
+    places = CORNERS if close else tuple(range(len(POSITIONS)))
+    count = min(int(rng.integers(how.min_objects, how.max_objects + 1)), len(places))
+    cells = sorted(int(cell) for cell in rng.choice(places, count, replace=False))
     things = [_sample_thing(rng, how, POSITIONS[cell]) for cell in cells]
-    return Scene(str(rng.choice(list(BACKGROUNDS))), tuple(things))
+    return Scene(str(rng.choice(list(BACKGROUNDS))), tuple(things), close)
 
 
 def _sample_thing(rng: np.random.Generator, how: Split, position: str) -> Thing:
@@ -182,14 +189,16 @@ def _sample_thing(rng: np.random.Generator, how: Split, position: str) -> Thing:
 def draw(scene: Scene, index: int = 0) -> Image.Image:
     """RGB picture of ``SIZE_PX`` squared; ``index`` seeds the jitter of the positions."""
     rng = np.random.default_rng([7, index])
-    image = Image.new("RGB", (SIZE_PX, SIZE_PX), BACKGROUNDS[scene.background])
+    side = MARGIN_PX * 2 + CELL_PX * (2 if scene.close else 3)
+    image = Image.new("RGB", (side, side), BACKGROUNDS[scene.background])
     for thing in scene.objects:
+        column, row = (thing.column // 2, thing.row // 2) if scene.close else (thing.column, thing.row)
         sprite = _sprite(thing.shape, thing.color, thing.size, thing.mark, _ink(thing, scene))
         jitter = rng.integers(-2, 3, 2)
-        x = MARGIN_PX + CELL_PX * thing.column + (CELL_PX - sprite.width) // 2 + int(jitter[0])
-        y = MARGIN_PX + CELL_PX * thing.row + (CELL_PX - sprite.height) // 2 + int(jitter[1])
+        x = MARGIN_PX + CELL_PX * column + (CELL_PX - sprite.width) // 2 + int(jitter[0])
+        y = MARGIN_PX + CELL_PX * row + (CELL_PX - sprite.height) // 2 + int(jitter[1])
         image.paste(sprite, (x, y), sprite)
-    return image
+    return image.resize((SIZE_PX, SIZE_PX), Image.Resampling.LANCZOS) if scene.close else image
 
 
 def _ink(thing: Thing, scene: Scene) -> str:
@@ -269,7 +278,7 @@ def statements(scene: Scene) -> list[str]:
     for thing in scene.objects:
         facts += [
             f"{thing.position} {value}"
-            for value in (thing.shape, thing.color, thing.size, thing.mark)
+            for value in (thing.shape, thing.color, None if scene.close else thing.size, thing.mark)
             if value
         ]
     return facts + relations(scene)[:2]
@@ -300,7 +309,7 @@ def prose(scene: Scene, index: int = 0) -> str:
     for thing in scene.objects:
         if rng.random() < 0.15 and len(scene.objects) > 1:
             continue
-        size = f"{thing.size} " if rng.random() < 0.85 else ""
+        size = f"{thing.size} " if rng.random() < 0.85 and not scene.close else ""
         color = f"{thing.color} " if rng.random() < 0.9 else ""
         mark = f" with a {thing.mark}" if thing.mark else ""
         phrases.append(f"a {size}{color}{thing.shape}{mark} in the {thing.position}")
@@ -313,11 +322,12 @@ def prose(scene: Scene, index: int = 0) -> str:
 # ---------------------------------------------------------------- questions
 
 
-def questions(scene: Scene, index: int = 0, per_kind: int = 4) -> list[dict[str, str]]:
-    """Yes/no questions, as many "no" as "yes" for each kind, in four strata of negatives; then open ones.
+def questions(scene: Scene, index: int = 0) -> list[dict[str, str]]:
+    """Yes/no questions, as many "no" as "yes" for each kind, in five strata of negatives; then open ones.
 
     A yes/no question is a statement; its answer is what :func:`execute` says, so a negative that happens
-    to be true is thrown away. Columns: question, answer, kind, stratum.
+    to be true is thrown away. The fifth stratum, ``malformed``, says nothing (`north west`): a captioner's
+    slips of the tongue are refused too. Columns: question, answer, kind, stratum.
     """
     rng = np.random.default_rng([9, index])
     rows: list[dict[str, str]] = []
@@ -325,7 +335,7 @@ def questions(scene: Scene, index: int = 0, per_kind: int = 4) -> list[dict[str,
         positives = [statement for statement in statements(scene) if kind_of(statement) == kind]
         negatives = _negatives(rng, scene, kind)
         rng.shuffle(positives)
-        count = min(len(positives), len(negatives), per_kind)
+        count = min(len(positives), len(negatives), QUESTIONS_PER_KIND[kind])
         rows += [_question(text, "yes", kind, "positive") for text in positives[:count]]
         rows += [_question(text, "no", kind, stratum) for text, stratum in negatives[:count]]
     return rows + open_questions(scene)
@@ -334,15 +344,14 @@ def questions(scene: Scene, index: int = 0, per_kind: int = 4) -> list[dict[str,
 def open_questions(scene: Scene) -> list[dict[str, str]]:
     """What is asked for by name: `northwest color?` -> `red`. Empty cells and missing marks answer `none`."""
     rows = [_question("background color?", scene.background, "background", "open")]
-    for position in POSITIONS:
-        thing = scene.at(position)
-        rows.append(_question(f"{position} shape?", thing.shape if thing else "none", "shape", "open"))
-        if thing:
-            rows += [
-                _question(f"{position} {kind}?", getattr(thing, kind) or "none", kind, "open")
-                for kind in ("color", "size", "mark")
-            ]
-    return rows
+    for thing in scene.objects:
+        rows += [
+            _question(f"{thing.position} {kind}?", getattr(thing, kind) or "none", kind, "open")
+            for kind in VALUES
+            if not (kind == "size" and scene.close)
+        ]
+    empty = [position for position in POSITIONS if scene.at(position) is None]
+    return rows + [_question(f"{position} shape?", "none", "shape", "open") for position in empty[::3]]
 
 
 def _question(question: str, answer: str, kind: str, stratum: str) -> dict[str, str]:
@@ -362,7 +371,11 @@ def _negatives(rng: np.random.Generator, scene: Scene, kind: str) -> list[tuple[
     else:
         for thing in scene.objects:
             found += _attribute_negatives(rng, scene, thing, kind)
-    found = [(text, stratum) for text, stratum in dict(found).items() if execute(text, scene) is False]
+    found = [
+        (text, stratum)
+        for text, stratum in dict(found).items()
+        if stratum == "malformed" or execute(text, scene) is False
+    ]
     order = rng.permutation(len(found))
     return [found[i] for i in order]
 
@@ -384,6 +397,11 @@ def _attribute_negatives(
     popular = {"mark": "dot", "color": "red", "shape": "circle", "size": "large"}[kind]
     empty = [position for position in POSITIONS if scene.at(position) is None]
     found.append((f"{rng.choice(empty)} {popular}", "popular"))
+    if rng.random() < 0.25:
+        found.append(
+            (f"{thing.position} {rng.choice([p for p in POSITIONS if p != thing.position])}", "malformed")
+        )
+        found.append((f"{rng.choice(values)} {rng.choice(values)}", "malformed"))
     return found
 
 

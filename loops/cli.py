@@ -109,6 +109,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "data": Command("loops.data", "look at and check an image folder", (), ("{folder}",)),
     "scenes": Command("loops.scenes", "render the procedural data set"),
+    "study": Command("loops.study", "a claim of the method as a table over seeds, on the scenes"),
     "demo": Command(
         "loops.demo",
         "the whole story on the embedded default, minutes on a CPU",

@@ -79,7 +79,8 @@ def test_questions_are_executed_and_balanced(split, index):
     for row in scenes.questions(scene, index):
         if row["stratum"] == "open":
             continue
-        assert scenes.execute(row["question"], scene) is (row["answer"] == "yes")
+        says = None if row["stratum"] == "malformed" else row["answer"] == "yes"
+        assert scenes.execute(row["question"], scene) is says
         assert (row["stratum"] == "positive") is (row["answer"] == "yes")
         counts[row["kind"], row["answer"]] += 1
     for kind in scenes.KINDS:
@@ -88,7 +89,20 @@ def test_questions_are_executed_and_balanced(split, index):
 
 def test_all_strata_occur():
     strata = {row["stratum"] for i in range(50) for row in scenes.questions(scenes.sample("qa", i), i)}
-    assert strata == {"positive", "random", "popular", "adversarial", "swap", "open"}
+    assert strata == {"positive", "random", "popular", "adversarial", "swap", "malformed", "open"}
+
+
+def test_close_ups_say_nothing_of_size_and_stand_in_the_corners():
+    drawn = [scenes.sample("train", i) for i in range(100)]
+    close = [scene for scene in drawn if scene.close]
+    assert 30 < len(close) < 70 and not any(scenes.sample("test", i).close for i in range(50))
+    for i, scene in enumerate(close):
+        assert {thing.position for thing in scene.objects} <= {scenes.POSITIONS[c] for c in scenes.CORNERS}
+        asked = scenes.questions(scene, i)
+        texts = [scenes.shorthand(scene), scenes.prose(scene, i)]
+        assert not any(size in text for text in texts for size in scenes.RADIUS_PX)
+        assert all(row["kind"] != "size" for row in asked)
+        assert scenes.draw(scene, i).size == (scenes.SIZE_PX, scenes.SIZE_PX)
 
 
 def test_splits_do_not_share_scenes_and_do_not_change():
