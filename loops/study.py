@@ -1,7 +1,8 @@
 """captioner study NAME [--seeds N]: a claim of the method as a table, over seeds, with intervals.
 
 Each seed has other scenes and other random numbers. Every finished arm is stored in
-``RUN/NAME/seed-S/results.json``, so the same command continues a killed study. Intervals are Student's t over seeds, 95 %.
+``RUN/NAME/seed-S/results.json``, so the same command continues a killed study.
+Intervals are Student's t over seeds, 95 %.
 """
 
 from __future__ import annotations
