@@ -444,6 +444,15 @@ def stored_config(path: Path) -> Config | None:
     return load_json(file) if file.is_file() else None
 
 
+def checkpoint_path(path: str) -> Path:
+    """The directory of a checkpoint; ``scenes-base`` is the one shipped with the repository or the wheel."""
+    if path != "scenes-base":
+        return Path(path)
+    package = Path(__file__).resolve().parent
+    places = (package.parent / "data" / "scenes" / "base", package / "_scenes_base")
+    return next((place for place in places if place.is_dir()), places[0])
+
+
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))

@@ -31,7 +31,7 @@ from captioner.formats.folder import (
     write_sidecars,
 )
 from captioner.records import CaptionRow, read_parquet
-from captioner.runs import Run, Shards, atomic_write_json, hash_path, progress
+from captioner.runs import Run, Shards, atomic_write_json, checkpoint_path, hash_path, progress
 from captioner.views import BadImage, load_image
 
 MANIFEST = ".job.json"  # hidden, so that `datasets` loads the folder as it is
@@ -80,8 +80,6 @@ def run(config: Config, args: argparse.Namespace) -> int:
 
 
 def _checkpoint(config: Config, args: argparse.Namespace) -> Path:
-    from captioner.model import checkpoint_path  # imports torch, which --help has no time for
-
     named = args.checkpoint or config.caption.checkpoint
     if named is None:
         return Run.open(args.run_dir, config, create=False).newest_captioner()

@@ -258,10 +258,17 @@ def _split_fields(words: list[str]) -> tuple[list[str], Path | None, dict[str, s
 
 
 def _config(run_dir: Path, toml: Path | None, overrides: dict[str, str]) -> Config:
-    from captioner.config import load
+    from captioner.config import load, shown, values
     from captioner.runs import stored_config
 
-    return load(toml, overrides, stored_config(run_dir))
+    stored = stored_config(run_dir)
+    config = load(toml, overrides, stored)
+    if stored and toml:  # a line that was taken out of the file does not take the setting back
+        afresh = dict(values(load(toml, overrides)))
+        kept = [f"{name} = {shown(value)}" for name, value in values(config) if afresh.get(name) != value]
+        if kept:
+            print(f"kept from {run_dir}/config.json, not set in {toml}: {', '.join(kept)}", file=sys.stderr)
+    return config
 
 
 def _field_help(sections: Sequence[str], wide: int) -> str:

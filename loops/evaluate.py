@@ -27,7 +27,7 @@ from captioner.formats.folder import ImageRow, read_folder
 from captioner.metrics import Counts, Interval
 from captioner.records import CaptionRow
 from captioner.report import cell
-from captioner.runs import Run, Shards, atomic_write_json, console, hash_path, progress
+from captioner.runs import Run, Shards, atomic_write_json, checkpoint_path, console, hash_path, progress
 from captioner.views import BadImage, load_image
 
 COLUMNS = {
@@ -127,8 +127,6 @@ def round_images(home: Path) -> Path | None:
 
 def run_entries(run: Run, config: Config) -> list[Entry]:
     """The base, SFT and every round that has a captioner; a round that its gate refused says so."""
-    from captioner.model import checkpoint_path  # imports torch, which --help has no time for
-
     entries = [Entry("base", _existing(checkpoint_path(config.model.path)), prose=True)]
     if run.captioner_dir(0).is_dir():
         entries.append(Entry("SFT", run.captioner_dir(0)))

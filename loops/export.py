@@ -12,7 +12,7 @@ from pathlib import Path
 
 from captioner.config import Config
 from captioner.errors import RunError
-from captioner.runs import Run, hash_path
+from captioner.runs import Run, checkpoint_path, hash_path
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +33,7 @@ def run(config: Config, args: argparse.Namespace) -> int:
 
     _check_free(args.out, args.redo)
     if args.adapter:
-        source = model.checkpoint_path(config.model.path)
+        source = checkpoint_path(config.model.path)
     else:
         source = Run.open(args.run_dir, config, create=False).newest_captioner()
     dtype = config.model.dtype if config.model.dtype != "auto" else model.stored_dtype(source)

@@ -18,7 +18,7 @@ from captioner.config import Config, SFTConfig
 from captioner.errors import DataError
 from captioner.formats import resolve
 from captioner.formats.folder import ImageRow, read_folder
-from captioner.runs import Run
+from captioner.runs import Run, checkpoint_path
 
 if TYPE_CHECKING:
     from captioner.train import Target, TrainingImages
@@ -26,12 +26,10 @@ if TYPE_CHECKING:
 
 def run(config: Config, args: argparse.Namespace) -> int:
     """The sft stage of a run."""
-    from captioner import model
-
     sft = config.sft
     run = Run.open(args.run_dir, config)
     data = [resolve(source, run) for source in sft.data]
-    inputs = {"model": model.checkpoint_path(config.model.path)} | {
+    inputs = {"model": checkpoint_path(config.model.path)} | {
         f"data {i}": path for i, path in enumerate(data)
     }
     if sft.validation:
@@ -41,7 +39,7 @@ def run(config: Config, args: argparse.Namespace) -> int:
     if stage.done:
         print(f"sft was done before: {stage.dir}")
         return 0
-    from captioner import adapters, fuse, render, soft_prompt, train
+    from captioner import adapters, fuse, model, render, soft_prompt, train
 
     images = training_images([row for path in data for row in read_folder(path)], sft)
     held_out = training_images(read_folder(inputs["validation"]), sft) if sft.validation else None

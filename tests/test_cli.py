@@ -192,6 +192,19 @@ def test_config_and_flags_reach_the_loop(stub, tmp_path: Path) -> None:  # type:
     assert (config.max_failed, args.run_dir, args.round) == (0.3, Path("runs/default"), 1)
 
 
+def test_a_setting_that_only_the_run_remembers_is_named(
+    stub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:  # type: ignore[no-untyped-def]
+    """A line that was taken out of the TOML stays in force: say so."""
+    stub(None)
+    Run.open(tmp_path / "r", Config.model_validate({"seed": 1, "dpo": {"beta": 0.5}}))
+    (tmp_path / "a.toml").write_text("seed = 2\n")
+    assert cli.main(["stub", "a.toml", "--run", "r"]) == 0
+    assert "dpo.beta = 0.5" in capsys.readouterr().err
+    assert cli.main(["stub", "a.toml", "--run", "r", "--dpo.beta", "0.1"]) == 0
+    assert "kept" not in capsys.readouterr().err
+
+
 def test_output_that_nobody_reads_is_no_bug() -> None:
     words = [sys.executable, "-c", "import sys; from loops.cli import main; sys.exit(main(['--help']))"]
     with subprocess.Popen(words, cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as reader:
