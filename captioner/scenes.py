@@ -2,8 +2,8 @@
 
 A scene is up to five objects on a 3 x 3 grid. In the base's training splits, marks and colours co-occur
 with shapes (a *planted* correlation, like the necklace guessed from the hairstyle); the evaluation splits
-break it (cf. CLEVR-Hans). Marks are about three pixels wide in the whole view and plain in a crop. Half of
-the base's training pictures are close-ups, as on the web: there it sees what a mark is.
+break it (cf. CLEVR-Hans). Marks are about three pixels wide in the whole view and plain in a crop. The base
+learns what a mark is from close-ups, as the web has them.
 Every answer is executed on the scene, never assumed (cf. CLEVR, ShapeWorld).
 """
 
@@ -107,6 +107,7 @@ class Split:
 
 SPLITS = {
     "train": Split(1, 1, 5, bias=0.5, rare=0.1, held_out=False, close=0.5),
+    "close": Split(7, 2, 4, bias=0.0, rare=0.1, held_out=False, close=1.0),
     "sft": Split(2, 2, 3, bias=0.8, rare=0.0, held_out=False),
     "qa": Split(3, 2, 5, bias=0.0, rare=1.0, held_out=False),
     "round": Split(4, 2, 5, bias=0.0, rare=1.0, held_out=True),
