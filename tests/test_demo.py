@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from captioner import config as configs
@@ -53,6 +60,51 @@ def test_demo_runs_and_resumes(arguments: argparse.Namespace, capsys: pytest.Cap
     assert names[:3] in (["base", "SFT", "round 1"], ["base", "SFT", "round 1 (refused)"])
     assert len((run_dir / "captions" / "captions.jsonl").read_text().splitlines()) == 4
     assert (run_dir / "report.html").read_text().startswith("<!doctype html>")
+
+
+CHILD = """
+import argparse, sys
+from pathlib import Path
+from captioner.config import Config
+from loops import demo
+config = Config.model_validate_json(Path(sys.argv[1]).read_text())
+flags = dict(redo=False, dry_run=False, round=1, rounds=None, seeds=1)
+sys.exit(demo.run(config, argparse.Namespace(run_dir=Path(sys.argv[2]), **flags)))
+"""
+
+
+def rows(run: Path) -> dict[str, object]:
+    """Every row that a run holds, by file."""
+    found: dict[str, object] = {
+        str(path.relative_to(run)): pq.read_table(path).to_pylist()
+        for path in run.rglob("*.parquet")
+        if path.relative_to(run).parts[0] != "data"
+    }
+    lines = (run / "captions" / "captions.jsonl").read_text().splitlines()
+    return found | {"captions": [json.loads(line)["caption"] for line in lines]}
+
+
+def test_killed_at_any_moment_it_ends_with_the_same_rows(
+    arguments: argparse.Namespace, tmp_path: Path
+) -> None:
+    """kill -9 of the whole process group at random moments, again and again, then the same command."""
+    (tmp_path / "config.json").write_text(arguments.config.model_dump_json())
+    words = [sys.executable, "-c", CHILD, str(tmp_path / "config.json"), str(tmp_path / "run")]
+    rng, kills = random.Random(time.time_ns()), 0
+    while True:
+        child = subprocess.Popen(words, stdout=subprocess.DEVNULL, start_new_session=True)
+        deadline = time.monotonic() + rng.uniform(6, 14) if kills < 6 else float("inf")
+        while child.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        if child.poll() is not None:
+            break
+        os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+        kills += 1
+    assert child.returncode == 0
+    assert kills, "the demo was faster than every kill: nothing was tested"
+    undisturbed = rows(arguments.run_dir)
+    assert rows(tmp_path / "run") == undisturbed
 
 
 def test_table_over_seeds() -> None:
