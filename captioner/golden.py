@@ -17,7 +17,7 @@ from captioner import prompts, qa, views
 from captioner.config import GoldenConfig, ViewsConfig, ViewsOverride
 from captioner.engines import YesNo
 from captioner.records import Candidate, Claim, Golden
-from captioner.tool import Statement, Tool, normalise, split_statements
+from captioner.tool import Statement, Tool, is_one_statement, normalise, split_statements
 from captioner.views import View
 
 Verdict = Literal["keep", "drop", "abstain"]
@@ -295,7 +295,9 @@ def build(
     they were drawn from. The counts are of verdicts; an abstained claim is counted there whether it stays or
     not. The caption is read again as a reader splits it: it states the claims that stay and nothing else.
     """
-    staying = [claim for claim in claims if stays(claim, samples, config.abstain) and _separable(claim.text)]
+    staying = [
+        claim for claim in claims if stays(claim, samples, config.abstain) and is_one_statement(claim.text)
+    ]
     text, inside = recompose(staying, count_tokens, config.max_tokens)
     if text is None:
         return OVER_BUDGET if staying else NOTHING_KEPT
@@ -312,8 +314,3 @@ def build(
         tokens=count_tokens(text),
         over_budget=[claim.text for claim in staying if claim not in inside],
     )
-
-
-def _separable(text: str) -> bool:
-    """Whether a claim stays one statement between others: an open quotation or bracket would swallow them."""
-    return [normalise(said) for said in split_statements(f"x, {text}, y")] == ["x", normalise(text), "y"]
