@@ -9,7 +9,7 @@ from PIL import Image
 from captioner import prompts
 from captioner.config import EngineConfig, SamplingConfig, ViewsConfig
 from captioner.engines import CaptionRequest, QuestionBatch, YesNo
-from captioner.engines.hf import HFEngine, pick
+from captioner.engines.hf import IMAGES_PER_PREFIX_BATCH, HFEngine, pick
 from captioner.errors import DataError
 from captioner.model import Captioner
 from captioner.records import Candidate
@@ -310,6 +310,25 @@ def test_none_one_and_five_hundred_questions(qwen3: Captioner) -> None:
     assert answers[0][-1].p_yes == pytest.approx(last.p_yes, abs=1e-5)
     assert ask(engine(qwen3), [QuestionBatch(image(1), [])]) == [[]]
     assert ask(engine(qwen3), []) == []
+
+
+def test_memory_is_bounded_however_many_questions(qwen3: Captioner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No forward pass holds more than `batch_size` rows, and no more images are encoded ahead than said."""
+    ours, rows, encoded = engine(qwen3, 16), [], []
+    step, prefill = ours._step, ours._prefill
+    monkeypatch.setattr(ours, "_step", lambda tokens, *rest: rows.append(len(tokens)) or step(tokens, *rest))
+    monkeypatch.setattr(
+        ours, "_prefill", lambda shown, tail: encoded.append(len(shown)) or prefill(shown, tail)
+    )
+    counts = [500, 1, 37, 0, 60, 2, 3, 4, 5, 120]
+    batches = [QuestionBatch(image(i), [f"Visible: {j}?" for j in range(n)]) for i, n in enumerate(counts)]
+    assert [len(row) for row in ask(ours, batches)] == counts
+    assert max(rows) <= 16 and sum(rows) == sum(counts)
+    assert max(encoded) <= IMAGES_PER_PREFIX_BATCH and sum(encoded) == len(counts)
+    groups = (sum(counts[:IMAGES_PER_PREFIX_BATCH]), sum(counts[IMAGES_PER_PREFIX_BATCH:]))
+    assert len(rows) == sum(
+        -(-n // 16) for n in groups
+    )  # questions about images encoded together go together
 
 
 def test_one_view_shows_that_view_only(qwen3: Captioner) -> None:

@@ -91,7 +91,7 @@ def _question(
     if answer == "":
         return NO_ANSWER
     said = YES_NO.get(answer.lower().rstrip("."))
-    if said is None:
+    if said is None or row.get("answer_type") in ("number", "other"):
         return OTHER_ANSWER
     if not any(map(str.isalnum, text)):
         return NO_TEXT
