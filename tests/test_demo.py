@@ -25,7 +25,8 @@ SMALL = {
         "samples": 3,
         "sampling": {"max_tokens": 24},
         "max_questions": 8,
-        "min_accuracy": 0.0,
+        # a random verifier would be refused, and knows nothing
+        **{"min_accuracy": 0.0, "min_kind_accuracy": 0.0, "abstain": "keep"},
     },
     "pairs": {"min_refuted": 0},
     "dpo": {"golden_sft_steps": 2, "training": TRAINING},

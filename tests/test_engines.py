@@ -1,3 +1,4 @@
+import random
 from itertools import chain
 from pathlib import Path
 
@@ -299,6 +300,27 @@ def test_answers_do_not_depend_on_the_batch(captioner: Captioner, batch_size: in
     close(ask(engine(captioner, batch_size), batches[::-1])[::-1], alone)
     turned = [QuestionBatch(b.image, b.questions[::-1]) for b in batches]
     close([row[::-1] for row in ask(engine(captioner, batch_size), turned)], alone)
+
+
+def test_any_order_any_company_any_view(qwen3: Captioner) -> None:
+    """What stands beside a question changes nothing: other questions, views, images, repeated ones."""
+    rng = random.Random(0)
+    views = ("all", "whole", "top left")
+    asks = [(i, view, q) for i in range(3) for view in views for q in QUESTIONS]
+    ours = [engine(qwen3, size) for size in (1, 2, 7, 64)]
+    alone = {
+        (i, view, q): ask(ours[0], [QuestionBatch(image(i, *SIZES[i]), [q], view)])[0][0]
+        for i, view, q in asks
+    }
+    for each in ours:
+        batches: list[tuple[int, str, list[str]]] = []
+        for i, view, q in rng.choices(asks, k=30):  # with repetition, in any order
+            if batches and batches[-1][:2] == (i, view) and rng.random() < 0.7:
+                batches[-1][2].append(q)
+            else:
+                batches.append((i, view, [q, *rng.sample(QUESTIONS, rng.randrange(3))]))
+        answers = ask(each, [QuestionBatch(image(i, *SIZES[i]), own, view) for i, view, own in batches])
+        close(answers, [[alone[i, view, q] for q in own] for i, view, own in batches])
 
 
 def test_none_one_and_five_hundred_questions(qwen3: Captioner) -> None:
