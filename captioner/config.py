@@ -138,13 +138,15 @@ class SFTConfig(Section):
 
 class QAConfig(Section):
     data: str = "scenes:qa:512"
-    """Image folder with yes/no questions, or `scenes:SPLIT:COUNT`."""
+    """Image folder or question file (VQAv2, GQA, POPE, ...), or `scenes:SPLIT:COUNT`."""
     questions_per_image: int = Field(16, ge=2)
     """Questions drawn per image and step; they share the image's forward pass."""
     holdout: float = Field(0.15, gt=0, lt=1)
     """Share of the images kept for measuring accuracy; split by image."""
     language_width: int = Field(64, ge=1)
     """Inner units of the QA adapter of each language layer."""
+    band_accuracy: float = Field(0.7, ge=0.5, lt=1)
+    """What "yes" and "no" must reach on held-out questions; P(yes) where they do not abstains."""
     training: TrainingConfig = TrainingConfig(steps=150)
 
 
@@ -172,10 +174,22 @@ class GoldenConfig(Section):
     samples: int = Field(6, ge=1)
     """Captions sampled per image."""
     sampling: SamplingConfig = SamplingConfig()
-    keep: float = Field(0.6, gt=0, lt=1)
-    """P(yes) from which a claim is kept."""
-    drop: float = Field(0.4, gt=0, lt=1)
-    """P(yes) below which a claim is dropped; between the two it abstains."""
+    keep: float | None = Field(None, gt=0, lt=1)
+    """Calibrated P(yes) from which a claim is kept; None = from the verifier's held-out questions."""
+    drop: float | None = Field(None, gt=0, lt=1)
+    """Calibrated P(yes) below which a claim is dropped, between the two it abstains; None as `keep`."""
+    reask: tuple[Literal["view", "wording"], ...] | None = None
+    """How an undecided claim is asked again: on the view that covers it best, in a second wording.
+    None = in the ways that proved right on the verifier's held-out questions."""
+    planted: str | None = None
+    """File of claims with human-checked answers that the verifier is measured on; None = the scenes' facts
+    if there are any, else the held-out questions of its training."""
+    planted_images: int = Field(64, ge=1)
+    """Images whose captions give the planted claims, where facts judge them."""
+    min_accuracy: float = Field(0.65, ge=0, le=1)
+    """Verifier accuracy on planted claims below which the round is refused."""
+    min_kind_accuracy: float = Field(0.6, ge=0, le=1)
+    """Accuracy on planted claims of a kind below which claims of that kind abstain."""
     abstain: Literal["majority", "leave_out", "keep"] = "majority"
     """An abstained claim stays if most samples state it, is left out, or stays."""
     max_questions: int = Field(120, ge=1)
@@ -187,7 +201,7 @@ class GoldenConfig(Section):
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
-        if self.drop > self.keep:
+        if self.drop is not None and self.keep is not None and self.drop > self.keep:
             raise ValueError("drop must not lie above keep")
         return self
 

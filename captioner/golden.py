@@ -6,33 +6,108 @@ threshold can change without asking the verifier again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
-from captioner.config import GoldenConfig
+from captioner import prompts, qa, views
+from captioner.config import GoldenConfig, ViewsConfig, ViewsOverride
 from captioner.engines import YesNo
 from captioner.records import Candidate, Claim, Golden
-from captioner.tool import Statement, Tool, split_statements
+from captioner.tool import Statement, Tool, is_one_statement, normalise, split_statements
+from captioner.views import View
 
 Verdict = Literal["keep", "drop", "abstain"]
 CountTokens = Callable[[str], int]
 
 NOTHING_KEPT = "no claim was kept"
 OVER_BUDGET = "no kept claim fits the token budget"
+UNVERIFIED = "the merged caption says something that was not asked"
+
+
+UNCHECKABLE = "looking cannot check it"
+OVER_LIMIT = "over the limit of questions per image, stated by few samples"
+
+# Statements about the whole picture, which come first: they end in one of these words.
+_WHOLE = re.compile(
+    r"(?:\S+ ){0,4}(?:background|backdrop|photo|photograph|picture|illustration|painting|drawing|sketch|"
+    r"rendering|render|screenshot|collage|watercolou?r|monochrome|close[- ]up|scene|indoors?|outdoors?)",
+    re.IGNORECASE,
+)
+# Words of one to eight that follow themselves at least three times.
+_LOOP = re.compile(r"\b(\w+(?:\W+\w+){0,7}?)(?:\W+\1\b){3,}")
+_RELATION = re.compile(r"\b(?:left|right|top) of\b", re.IGNORECASE)
+_PLACES = (  # (axis, place as a share of the side, words)
+    (0, 1 / 6, re.compile(r"\bleft\b|west\b", re.IGNORECASE)),
+    (0, 5 / 6, re.compile(r"\bright\b|east\b", re.IGNORECASE)),
+    (1, 1 / 6, re.compile(r"\btop\b|\bupper\b|\bnorth", re.IGNORECASE)),
+    (1, 5 / 6, re.compile(r"\bbottom\b|\blower\b|\bsouth", re.IGNORECASE)),
+)
+_CENTER = re.compile(r"\bcent(?:er|re)\b|\bmiddle\b", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """What makes a verdict; ``distrusted`` maps the kinds that always abstain to the reason."""
+
+    keep: float
+    drop: float
+    distrusted: Mapping[str, str] = field(default_factory=dict)
+
+
+def thresholds(
+    config: GoldenConfig, calibration: qa.Calibration, distrusted: Mapping[str, str]
+) -> Thresholds:
+    """The thresholds set by hand, else those of the calibration. One set by hand moves the other aside."""
+    keep = calibration.keep if config.keep is None else config.keep
+    drop = calibration.drop if config.drop is None else config.drop
+    if config.keep is None:
+        keep = max(keep, drop)
+    return Thresholds(keep, min(drop, keep), distrusted)
+
+
+# ---- samples
+
+
+def mark(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """One image's candidates with ``repeats`` and ``duplicate_of`` set."""
+    first: dict[tuple[str, ...], int] = {}
+    marked = []
+    for each in candidates:
+        said = [normalise(text) for text in split_statements(each.text)]
+        original = first.setdefault(tuple(dict.fromkeys(said)), each.k)
+        update = {
+            "repeats": repeats(each.text),
+            "duplicate_of": None if original == each.k else original,
+        }
+        marked.append(each.model_copy(update=update))
+    return marked
+
+
+def repeats(text: str) -> int:
+    """Statements that were said before in this caption, and words that repeat the words before them."""
+    said = [normalise(statement) for statement in split_statements(text)]
+    looped = sum(
+        len(match[0].split()) - len(match[1].split())
+        for statement in set(said)
+        for match in _LOOP.finditer(statement)
+    )
+    return len(said) - len(set(said)) + looped
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The statements of one image that are asked about, and how many are not."""
+    """The statements of one image that are asked about, and those that are not, each with the reason."""
 
     asked: list[Statement]  # candidates are the candidates' k
-    uncheckable: int
-    over_limit: int
+    unasked: list[tuple[Statement, str]]
 
 
 def select(candidates: Sequence[Candidate], tool: Tool, max_questions: int) -> Selection:
-    """Merged statements of one image's samples, in natural order.
+    """Merged statements of one image's samples, in natural order, those about the whole picture first.
 
     What looking cannot check is left out, then the rarest until ``max_questions`` remain (of equally rare
     ones those that stand later). The last statement of a sample that the limit cut is half a statement and
@@ -42,17 +117,22 @@ def select(candidates: Sequence[Candidate], tool: Tool, max_questions: int) -> S
     statements = [
         Statement(each.text, tuple(candidates[index].k for index in each.candidates)) for each in statements
     ]
+    statements.sort(key=lambda each: _WHOLE.fullmatch(each.text) is None)
     checkable = [each for each in statements if tool.checkable(each.text)]
-    by_rarity = sorted(range(len(checkable)), key=lambda i: -len(checkable[i].candidates))
-    chosen = sorted(by_rarity[:max_questions])
+    chosen = set(sorted(checkable, key=lambda each: -len(each.candidates))[:max_questions])
     return Selection(
-        [checkable[i] for i in chosen], len(statements) - len(checkable), len(checkable) - len(chosen)
+        [each for each in checkable if each in chosen],
+        [(each, UNCHECKABLE) for each in statements if each not in checkable]
+        + [(each, OVER_LIMIT) for each in checkable if each not in chosen],
     )
 
 
 def _whole_statements(candidate: Candidate) -> str:
     statements = split_statements(candidate.text)
     return ", ".join(statements if candidate.finish_reason == "stop" else statements[:-1])
+
+
+# ---- verdicts
 
 
 def confidence(claim: Claim) -> float:
@@ -66,9 +146,9 @@ def claims(
     answers: Sequence[YesNo],
     tool: Tool,
     verifier: str,
-    config: GoldenConfig,
+    temperature: float,
 ) -> list[Claim]:
-    """The judged claims of one image; ``candidate`` is any of its samples, ``verifier`` a hash."""
+    """The claims of one image, not judged yet; ``candidate`` is any of its samples, ``verifier`` a hash."""
     asked = []
     for statement, answer in zip(statements, answers, strict=True):
         question = tool.decompose(statement.text)
@@ -80,14 +160,14 @@ def claims(
             candidates=list(statement.candidates),
             question=question.text,
             expected=question.expected,
-            p_yes=answer.p_yes,
+            p_yes=qa.scale(answer.p_yes, temperature),
             label_mass=answer.label_mass,
             verdict="abstain",
             verifier=verifier,
             view="all",
         )
         asked.append(claim)
-    return judge(asked, config)
+    return asked
 
 
 def verdict(probability: float, keep: float, drop: float) -> Verdict:
@@ -97,12 +177,83 @@ def verdict(probability: float, keep: float, drop: float) -> Verdict:
     return "keep" if probability >= keep else "drop" if probability < drop else "abstain"
 
 
-def judge(claims: Sequence[Claim], config: GoldenConfig) -> list[Claim]:
-    """The claims with the verdicts that these thresholds give."""
-    return [
-        claim.model_copy(update={"verdict": verdict(confidence(claim), config.keep, config.drop)})
-        for claim in claims
+def judge(claims: Sequence[Claim], thresholds: Thresholds) -> list[Claim]:
+    """The claims with the verdicts that these thresholds give, and why."""
+    return [claim.model_copy(update=_judged(claim, thresholds)) for claim in claims]
+
+
+def _judged(claim: Claim, thresholds: Thresholds) -> dict[str, str]:
+    probability, keep, drop = confidence(claim), thresholds.keep, thresholds.drop
+    said = verdict(probability, keep, drop)
+    if claim.kind in thresholds.distrusted:
+        return {"verdict": "abstain", "why": thresholds.distrusted[claim.kind]}
+    bounds = {"keep": f"at least {keep:.3f}", "drop": f"below {drop:.3f}", "abstain": "between"}
+    asked = "" if claim.first_p_yes is None else ", asked again"
+    return {"verdict": said, "why": f"{probability:.3f} is {bounds[said]}{asked}"}
+
+
+def undecided(claim: Claim, thresholds: Thresholds) -> bool:
+    """Whether asking again may decide a judged claim."""
+    return claim.verdict == "abstain" and claim.kind not in thresholds.distrusted
+
+
+def second_question(way: str, statement: str, question: str, plan: Sequence[View]) -> tuple[str, str] | None:
+    """(view, question) of asking again by ``view`` or ``wording``; None where the statement allows neither.
+
+    ``plan`` are the views of a square image.
+    """
+    if way == "view":
+        view = best_view(statement, plan)
+        return (view, question) if view else None
+    if statement.rstrip().endswith("?"):  # a question has one wording
+        return None
+    return "all", prompts.load(qa.WORDINGS[1], statement=statement)
+
+
+def square_plan(checkpoint: Path, override: ViewsOverride) -> list[View]:
+    """The views that a checkpoint would see of a large square image."""
+    stored = json.loads((checkpoint / "config.json").read_text(encoding="utf-8")).get("captioner", {})
+    settings = override.over(ViewsConfig.model_validate(stored.get("views", {})))
+    return views.plan(1200, 1200, settings, size=1200, factor=1)
+
+
+def best_view(statement: str, plan: Sequence[View]) -> str | None:
+    """The tag of the smallest view that covers the place a statement names.
+
+    A place is a cell of a 3 x 3 grid. None where the statement names none, or only the largest view has it.
+    """
+    if _RELATION.search(statement):
+        return None
+    named = {axis: at for axis, at, words in _PLACES if words.search(statement)}
+    if not named and not _CENTER.search(statement):
+        return None
+    x, y = named.get(0, 0.5), named.get(1, 0.5)
+    right, bottom = (max(view.box[side] for view in plan) for side in (2, 3))
+    cell = ((x - 1 / 6) * right, (y - 1 / 6) * bottom, (x + 1 / 6) * right, (y + 1 / 6) * bottom)
+    slack = 0.02 * right  # a third is no whole number of pixels
+    covering = [
+        (view.box[2] - view.box[0], view.tag)
+        for view in plan
+        if view.box[0] <= cell[0] + slack
+        and view.box[1] <= cell[1] + slack
+        and view.box[2] >= cell[2] - slack
+        and view.box[3] >= cell[3] - slack
     ]
+    width, tag = min(covering, key=lambda each: each[0], default=(right, ""))
+    return tag if width < right else None
+
+
+def asked_again(
+    claim: Claim, asked: Sequence[tuple[str, str]], answers: Sequence[YesNo], temperature: float
+) -> Claim:
+    """The claim with its first answer and those to ``asked`` taken together, not judged yet."""
+    again = [qa.scale(answer.p_yes, temperature) for answer in answers]
+    view = next((view for view, _ in asked if view != "all"), "all")
+    update = {"first_p_yes": claim.p_yes, "p_yes": qa.combine([claim.p_yes, *again]), "view": view}
+    return claim.model_copy(update=update)
+
+
+# ---- the golden caption
 
 
 def stays(claim: Claim, samples: int, abstain: Literal["majority", "leave_out", "keep"]) -> bool:
@@ -112,20 +263,27 @@ def stays(claim: Claim, samples: int, abstain: Literal["majority", "leave_out", 
     return abstain == "keep" or (abstain == "majority" and 2 * len(claim.candidates) > samples)
 
 
-def recompose(claims: Sequence[Claim], count_tokens: CountTokens, max_tokens: int) -> str | None:
-    """The claims' texts in the given order, joined by ", ", within a token budget.
+def recompose(
+    claims: Sequence[Claim], count_tokens: CountTokens, max_tokens: int
+) -> tuple[str | None, list[Claim]]:
+    """The claims' texts in the given order, joined by ", ", within a token budget; and the claims in it.
 
-    Least certain claims leave first: lowest confidence, then fewest samples, then last. Claims that exceed
-    the budget alone never enter. None where nothing is left, never an empty caption.
+    What leaves first: claims whose words another one says as well, then the least certain, then those of
+    fewest samples, then the last. Claims that exceed the budget alone never enter. None where nothing is
+    left, never an empty caption.
     """
     inside = [claim for claim in claims if count_tokens(claim.text) <= max_tokens]
     while inside:
         text = ", ".join(claim.text for claim in inside)
         if count_tokens(text) <= max_tokens:
-            return text
-        ranks = [(confidence(claim), len(claim.candidates), -i) for i, claim in enumerate(inside)]
+            return text, inside
+        words = [set(normalise(claim.text).split()) for claim in inside]
+        ranks = [
+            (not any(own < other for other in words), confidence(claim), len(claim.candidates), -i)
+            for i, (claim, own) in enumerate(zip(inside, words, strict=True))
+        ]
         inside.pop(min(range(len(inside)), key=ranks.__getitem__))
-    return None
+    return None, []
 
 
 def build(
@@ -133,15 +291,19 @@ def build(
 ) -> Golden | str:
     """The golden caption of one image, or the reason why there is none.
 
-    ``claims`` are all claims of the image, in natural order; ``samples`` is the number of captions they were
-    drawn from. The counts are of verdicts; an abstained claim is counted there whether it stays or not.
+    ``claims`` are all judged claims of the image, in natural order; ``samples`` is the number of captions
+    they were drawn from. The counts are of verdicts; an abstained claim is counted there whether it stays or
+    not. The caption is read again as a reader splits it: it states the claims that stay and nothing else.
     """
-    judged = judge(claims, config)
-    staying = [claim for claim in judged if stays(claim, samples, config.abstain)]
-    text = recompose(staying, count_tokens, config.max_tokens)
+    staying = [
+        claim for claim in claims if stays(claim, samples, config.abstain) and is_one_statement(claim.text)
+    ]
+    text, inside = recompose(staying, count_tokens, config.max_tokens)
     if text is None:
         return OVER_BUDGET if staying else NOTHING_KEPT
-    verdicts = [claim.verdict for claim in judged]
+    if [normalise(said) for said in split_statements(text)] != [normalise(each.text) for each in inside]:
+        return UNVERIFIED
+    verdicts = [claim.verdict for claim in claims]
     return Golden(
         sample=claims[0].sample,
         key=claims[0].key,
@@ -150,4 +312,5 @@ def build(
         dropped=verdicts.count("drop"),
         abstained=verdicts.count("abstain"),
         tokens=count_tokens(text),
+        over_budget=[claim.text for claim in staying if claim not in inside],
     )

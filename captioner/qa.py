@@ -1,19 +1,33 @@
-"""Yes/no questions: how they are put, drawn in balance and held out, and how well a verifier answers them."""
+"""Yes/no questions: how they are put, drawn in balance and held out, and how well a verifier answers them.
+
+A verifier's P(yes) is made honest by one temperature (Guo et al. 2017), fitted on held-out questions; the
+same questions tell between which probabilities its word is not good enough.
+"""
 
 from __future__ import annotations
 
+import itertools
+import json
+import math
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
 from captioner import prompts
-from captioner.errors import DataError
+from captioner.errors import DataError, RunError
 from captioner.runs import row_seed
 
 ANSWERS = ("yes", "no")
 OPEN = "open"  # stratum of a question that asks for a word
+WORDINGS = ("question", "question_again")  # prompts that put a statement as a question
 BINS = 10  # of the calibration error
+BAND_GROUP = 40  # answers whose share of "yes" is looked at together
+SHARPEST, FLATTEST = 0.05, 20.0  # temperatures that are not exceeded
 
 Question = Mapping[str, Any]  # question, answer, kind, stratum: a row of a data set's `questions` column
 
@@ -22,13 +36,31 @@ def is_yes_no(question: Question) -> bool:
     return question["stratum"] != OPEN and question["answer"] in ANSWERS
 
 
-def question_text(question: Question) -> str:
-    """The user's turn: a yes/no question holds a statement, an open one is asked as it stands."""
-    return (
-        prompts.load("question", statement=question["question"])
-        if is_yes_no(question)
-        else question["question"]
-    )
+def question_text(question: Question, wording: str = WORDINGS[0]) -> str:
+    """The user's turn: a statement is put as a yes/no question, a question is asked as it stands."""
+    text: str = question["question"]
+    if text.rstrip().endswith("?") or not is_yes_no(question):
+        return text
+    return prompts.load(wording, statement=text)
+
+
+def balance(asked: Sequence[Sequence[Question]], seed: int) -> list[list[Question]]:
+    """Yes/no questions of many images, of every kind as many "yes" as "no"; who leaves is drawn by ``seed``.
+
+    For data sets whose images have too few questions each for :func:`draw_balanced`.
+    """
+    places: dict[tuple[str, str], list[tuple[int, int]]] = {}
+    for i, questions in enumerate(asked):
+        for j, question in enumerate(questions):
+            if is_yes_no(question):
+                places.setdefault((question["kind"], question["answer"]), []).append((i, j))
+    rng = random.Random(seed)
+    stay: set[tuple[int, int]] = set()
+    for kind in sorted({kind for kind, _ in places}):
+        pools = [places.get((kind, answer), []) for answer in ANSWERS]
+        for pool in pools:
+            stay.update(rng.sample(pool, min(map(len, pools))))
+    return [[q for j, q in enumerate(questions) if (i, j) in stay] for i, questions in enumerate(asked)]
 
 
 def draw_balanced(questions: Sequence[Question], count: int, rng: random.Random) -> list[Question]:
@@ -109,6 +141,7 @@ class Accuracy:
     yes_ratio: float  # share answered "yes"
     calibration_error: float
     label_mass: float  # mean probability of "yes" and "no" together
+    blind: float | None = None  # accuracy of the same verifier on the same questions without the image
 
 
 def accuracy(answers: Sequence[Answer]) -> Accuracy:
@@ -136,11 +169,144 @@ def accuracy(answers: Sequence[Answer]) -> Accuracy:
     )
 
 
-def accuracy_table(answers: Sequence[Answer]) -> dict[str, Accuracy]:
-    """Scores of all answers, every kind and every stratum: ``all``, ``kind color``, ``stratum swap``, ..."""
-    groups = {"all": list(answers)}
-    for answer in sorted(answers, key=lambda answer: answer.kind):
-        groups.setdefault(f"kind {answer.kind}", []).append(answer)
-    for answer in sorted(answers, key=lambda answer: answer.stratum):
-        groups.setdefault(f"stratum {answer.stratum}", []).append(answer)
-    return {name: accuracy(members) for name, members in groups.items()}
+def accuracy_table(answers: Sequence[Answer], blind: Sequence[Answer] = ()) -> dict[str, Accuracy]:
+    """Scores of all answers, every kind and every stratum: ``all``, ``kind color``, ``stratum swap``, ...
+
+    ``blind``: answers to the same questions, in the same order, given without the image.
+    """
+    groups = {"all": list(range(len(answers)))}
+    for field in ("kind", "stratum"):
+        for index in sorted(range(len(answers)), key=lambda i: getattr(answers[i], field)):
+            groups.setdefault(f"{field} {getattr(answers[index], field)}", []).append(index)
+    table = {name: accuracy([answers[i] for i in members]) for name, members in groups.items()}
+    if not blind:
+        return table
+    unseen = {name: accuracy([blind[i] for i in members]).accuracy for name, members in groups.items()}
+    return {name: replace(scores, blind=unseen[name]) for name, scores in table.items()}
+
+
+# ---- calibration
+
+
+class Calibration(BaseModel):
+    """What held-out questions say about a verifier's probabilities; ``calibration.json`` of a QA stage."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    temperature: float = Field(gt=0)
+    keep: float = Field(ge=0, le=1)  # calibrated P(yes) from which "yes" is right often enough
+    drop: float = Field(ge=0, le=1)  # ... below which "no" is
+    reask: tuple[str, ...] = ()  # ways of asking again that decided undecided questions rightly
+
+    @classmethod
+    def read(cls, path: Path) -> Calibration:
+        """Raises RunError for a file that does not hold one."""
+        try:
+            return cls.model_validate(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, ValidationError) as error:
+            raise RunError(
+                f"no calibration: {error}", where=str(path), mend="captioner qa --round N --redo"
+            ) from error
+
+
+def calibrate(answers: Sequence[Answer], target: float) -> Calibration:
+    """Temperature and abstain band of a verifier, from its raw answers to held-out questions."""
+    temperature = fit_temperature(answers)
+    keep, drop = band(scaled(answers, temperature), target)
+    return Calibration(temperature=temperature, keep=keep, drop=drop)
+
+
+def scale(p: float, temperature: float) -> float:
+    """A probability with its logit divided by ``temperature`` (Guo et al. 2017, eq. 9, two classes)."""
+    return _sigmoid(_logit(p) / temperature)
+
+
+def scaled(answers: Sequence[Answer], temperature: float) -> list[Answer]:
+    return [replace(answer, p_yes=scale(answer.p_yes, temperature)) for answer in answers]
+
+
+def combine(probabilities: Sequence[float]) -> float:
+    """One probability from several askings: the mean of their logits."""
+    return _sigmoid(sum(map(_logit, probabilities)) / len(probabilities))
+
+
+def _logit(p: float) -> float:
+    p = min(max(p, 1e-12), 1 - 1e-12)
+    return math.log(p / (1 - p))
+
+
+def _sigmoid(x: float) -> float:
+    return 1.0 / (1.0 + math.exp(-x))
+
+
+def fit_temperature(answers: Sequence[Answer]) -> float:
+    """The temperature with the least negative log-likelihood; 1 where there is only one kind of answer.
+
+    The likelihood is concave in the inverse temperature: its slope is bisected.
+    """
+    logits = np.array([_logit(answer.p_yes) for answer in answers])
+    labels = np.array([answer.expected == "yes" for answer in answers], dtype=float)
+    if labels.min() == labels.max():
+        return 1.0
+    low, high = 1 / FLATTEST, 1 / SHARPEST
+    for _ in range(60):
+        middle = (low + high) / 2
+        slope = float(logits @ (1 / (1 + np.exp(-np.clip(middle * logits, -50, 50))) - labels))
+        low, high = (middle, high) if slope < 0 else (low, middle)
+    return 2 / (low + high)
+
+
+def undecided(p: float, calibration: Calibration) -> bool:
+    return calibration.drop <= p < calibration.keep
+
+
+def decided_rightly(
+    asked_twice: Sequence[tuple[Answer, float]], calibration: Calibration
+) -> tuple[int, float]:
+    """Of undecided questions, how many a second P(yes) decides, and the share decided rightly (0 of none)."""
+    right = []
+    for first, second in asked_twice:
+        p = combine([first.p_yes, second])
+        if not undecided(p, calibration):
+            right.append((p >= calibration.keep) == (first.expected == "yes"))
+    return len(right), sum(right) / len(right) if right else 0.0
+
+
+def cross_fitted(answers: Sequence[Answer], images: Sequence[str]) -> list[Answer]:
+    """Calibrated answers, each by a temperature fitted on the other half of the ``images`` (one per answer).
+
+    So the calibration error that is reported is that of questions the temperature has not seen.
+    """
+    half = {key: i % 2 for i, key in enumerate(sorted(set(images)))}
+    sides = [half[key] for key in images]
+    fitted = []
+    for side in (0, 1):
+        others = [answer for answer, of in zip(answers, sides, strict=True) if of != side]
+        fitted.append(fit_temperature(others) if others else 1.0)
+    return [
+        replace(answer, p_yes=scale(answer.p_yes, fitted[side]))
+        for answer, side in zip(answers, sides, strict=True)
+    ]
+
+
+def band(answers: Sequence[Answer], target: float) -> tuple[float, float]:
+    """(keep, drop): from ``keep`` on "yes", below ``drop`` "no" is right in at least ``target`` of the cases.
+
+    The share of "yes" as a function of P(yes), made monotone (isotonic regression by pooling adjacent
+    violators) over groups of ``BAND_GROUP`` answers. (1, 0) where the target is never reached.
+    """
+    ordered = sorted(answers, key=lambda answer: answer.p_yes)
+    groups = max(1, len(ordered) // BAND_GROUP)
+    edges = [round(i * len(ordered) / groups) for i in range(groups + 1)]
+    blocks: list[tuple[float, int, int]] = []  # lowest P(yes), "yes" answers, answers
+    for start, end in itertools.pairwise(edges):
+        members = ordered[start:end]
+        block = (members[0].p_yes, sum(a.expected == "yes" for a in members), len(members))
+        while blocks and blocks[-1][1] * block[2] >= block[1] * blocks[-1][2]:
+            low, yes, count = blocks.pop()
+            block = (low, yes + block[1], count + block[2])
+        blocks.append(block)
+    keep = next((low for low, yes, count in blocks if yes >= target * count), 1.0)
+    unsure = next((i for i, (_, yes, count) in enumerate(blocks) if yes > (1 - target) * count), None)
+    drop = keep if unsure is None else blocks[unsure][0] if unsure else 0.0
+    return keep, min(drop, keep)

@@ -35,6 +35,8 @@ class Candidate(Record):
     mean_logprob: float
     tokens: int
     seed: int
+    repeats: int = 0  # statements said before in this caption, and words that only repeat those before them
+    duplicate_of: int | None = None  # k of the first candidate of the image that says the same
 
 
 class Failed(Record):
@@ -55,11 +57,36 @@ class Claim(Record):
     candidates: list[int]  # k of the candidates that state it
     question: str
     expected: str  # "yes" or "no": the answer that confirms the claim
-    p_yes: float
+    p_yes: float  # calibrated; of all askings together
     label_mass: float  # probability of "yes" and "no" together among all tokens
     verdict: str  # "keep", "drop", "abstain"
     verifier: str  # hash of the verifier checkpoint
-    view: str  # "all", or the tag of the one view that was asked
+    view: str  # "all", or the tag of the one view that was asked about as well
+    first_p_yes: float | None = None  # of the first asking, where it was undecided and asked again
+    why: str = ""  # what the verdict rests on
+
+
+class Unasked(Record):
+    """A statement of an image's samples that the verifier was not asked about, and why."""
+
+    sample: str
+    key: str
+    text: str
+    candidates: list[int]  # k of the candidates that state it
+    why: str
+
+
+class Planted(Record):
+    """A claim whose answer is known, with the verifier's: what its accuracy is measured on."""
+
+    sample: str
+    key: str
+    text: str
+    kind: str
+    stratum: str  # "stated" by a sample, "swap": one word of a statement changed; or as its file says
+    answer: str  # "yes" or "no"
+    p_yes: float  # calibrated
+    label_mass: float
 
 
 class Golden(Record):
@@ -72,6 +99,7 @@ class Golden(Record):
     dropped: int
     abstained: int
     tokens: int
+    over_budget: list[str] = []  # claims that stay by their verdict but left for the token budget
 
 
 class Pair(Record):

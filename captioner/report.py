@@ -64,6 +64,7 @@ class RoundReport:
     accuracy: Mapping[str, Any] | None = None  # the round's qa/accuracy.json
     gate: Mapping[str, Any] | None = None  # the round's gate.json
     examples: Sequence[Example] = ()
+    verifier: Mapping[str, Any] | None = None  # the round's verifier.json
 
 
 @dataclass(frozen=True)
@@ -168,6 +169,10 @@ def _round(one: RoundReport) -> str:
         word = "promoted" if one.gate["promoted"] else "refused"
         reasons = "".join(f"<li>{escape(str(r))}</li>" for r in one.gate["reasons"])
         parts.append(f"<h3>Gate: {word}</h3><ul>{reasons}</ul>")
+    if one.verifier:
+        word = "passed" if one.verifier["passed"] else "refused"
+        reasons = "".join(f"<li>{escape(str(r))}</li>" for r in one.verifier["reasons"])
+        parts.append(f"<h3>Verifier gate: {word}</h3><ul>{reasons}</ul>{_tree(one.verifier['planted'])}")
     if one.accuracy:
         parts.append(_accuracy(one.accuracy))
     if one.examples:
@@ -251,7 +256,7 @@ def _claim(claim: Claim, scene: scenes.Scene | None) -> str:
     wrong = truth is not None and claim.verdict != "abstain" and (claim.verdict == "keep") != truth
     sign = VERDICTS.get(claim.verdict, "?")
     style = f"claim {claim.verdict if claim.verdict in VERDICTS else 'abstain'}{' wrong' if wrong else ''}"
-    hint = f"{claim.question} said by {len(claim.candidates)} samples"
+    hint = f"{claim.question} said by {len(claim.candidates)} samples; {claim.why}"
     said = f"{sign} {escape(claim.text)} <b>{claim.p_yes:.2f}</b>"
     return f"<span class='{style}' title='{escape(hint)}'>{said}</span>"
 

@@ -93,6 +93,13 @@ def split_statements(caption: str) -> list[str]:
     return [part for part in stripped if any(map(str.isalnum, part))]
 
 
+def is_one_statement(text: str) -> bool:
+    """Whether a text stays one statement among others: nothing in it separates, all that opens closes."""
+    opened = re.search(r"""[(\[“]|(?<!\w)["']""", re.sub(f"{_QUOTED}|{_BRACKETED}", " ", text))
+    parts = [normalise(part) for part in split_statements(f"x, {text}, y")]
+    return opened is None and parts == ["x", normalise(text), "y"]
+
+
 def normalise(statement: str) -> str:
     """The form in which near-duplicates are equal: no case, hyphens, articles, edge punctuation, extra space.
 

@@ -66,10 +66,10 @@ COMMANDS: dict[str, Command] = {
     ),
     "golden": Command(
         "loops.golden",
-        "sample captions, ask about every claim, write golden captions and pairs",
+        "sample captions, measure the verifier, ask about every claim, write golden captions and pairs",
         (*_ENGINE, "golden", "pairs"),
         (_CURRENT, _ROUND + "/qa", "{config.golden.images}"),
-        tuple(f"{_ROUND}/{name}" for name in ("candidates", "claims", "golden", "pairs")),
+        tuple(f"{_ROUND}/{name}" for name in ("candidates", "planted", "claims", "golden", "pairs")),
     ),
     "dpo": Command(
         "loops.dpo",

@@ -1,40 +1,45 @@
 """captioner golden --round N [--rethreshold KEEP]: sample, verify, and write golden captions and pairs.
 
-Four stages of a round: `candidates` (the captioner samples), `claims` (the verifier answers one question per
-statement), `golden` and `pairs` (derived from the claims, no model). A killed stage continues at its first
-missing shard. `--rethreshold` makes the last two anew from the claims that are there.
+Stages of a round: `candidates` (the captioner samples), `planted` (the verifier is measured on claims whose
+answers are known, where something knows them; it may refuse the round), `claims` (the verifier answers one
+question per statement), `golden` and `pairs` (derived from the claims, no model). A killed stage continues at
+its first missing shard. `--rethreshold` makes the last two anew from the claims that are there.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+import json
+import random
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import groupby
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from captioner import golden, pairs, prompts, scenes
+from captioner import golden, pairs, planted, prompts, qa, scenes
 from captioner.config import Config
 from captioner.errors import ConfigError, Refused, RunError
-from captioner.formats import SCENES, parse_scenes, resolve
+from captioner.formats import SCENES, parse_scenes, questions, resolve
 from captioner.formats.folder import ImageRow, read_folder
-from captioner.records import Candidate, Claim, Failed, Golden, Pair, RecordT
-from captioner.runs import Run, Shards, Stage, hash_path, progress, remove_dir
+from captioner.golden import Thresholds
+from captioner.records import Candidate, Claim, Failed, Golden, Pair, Planted, RecordT, Unasked
+from captioner.runs import Run, Shards, Stage, atomic_write_json, hash_path, progress, remove_dir, row_seed
 from captioner.tool import Rules, Statement, Tool
-from captioner.views import BadImage, load_image
+from captioner.views import BadImage, View, load_image
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from captioner.engines import Engine
+    from captioner.engines import Engine, YesNo
     from loops.cli import Args
 
 RowT = TypeVar("RowT", Candidate, Claim)
 STAGES = ("candidates", "claims", "golden", "pairs")
+PLANTED_PER_IMAGE = 24  # planted claims of an image at most
 NO_STATEMENT = "no statement in any sample that looking could check"
 CHANGED = "changed since it was sampled"
 NOT_FINITE = "the verifier gave no number"
@@ -47,7 +52,11 @@ class Plan:
     number: int
     source: str  # of the images
     captioner: Path
-    verifier: Path
+    qa: Path  # the round's QA stage
+
+    @property
+    def verifier(self) -> Path:
+        return self.qa / "captioner"
 
 
 class Output(Generic[RecordT]):
@@ -77,8 +86,8 @@ def run(config: Config, args: Args) -> int:
     if keep is not None:
         if args.redo:
             raise ConfigError("--rethreshold keeps what --redo would remove", mend="give one of them")
-        drop = config.golden.drop
-        if not drop <= keep < 1:
+        drop = config.golden.drop or 0.0
+        if not (drop <= keep and 0 < keep < 1):
             raise ConfigError(
                 f"--rethreshold {keep} does not lie between golden.drop {drop} and 1",
                 mend=f"give both thresholds, as in --rethreshold {keep} --golden.drop {keep}",
@@ -100,14 +109,14 @@ def plan_round(run: Run, number: int) -> Plan:
             mend=f"captioner iterate --round {number - 1} --run {run.path}",
         )
     captioner = run.current_captioner(number)
-    qa = run.stage_dir(f"round-{number}/qa")
-    if not (qa / "stage.json").is_file():
+    home = run.stage_dir(f"round-{number}/qa")
+    if not (home / "stage.json").is_file():
         raise RunError(
             f"round {number} has no verifier",
-            where=str(qa),
+            where=str(home),
             mend=f"captioner qa --round {number} --run {run.path}",
         )
-    return Plan(number, round_source(run.config.golden.images, number), captioner, qa / "captioner")
+    return Plan(number, round_source(run.config.golden.images, number), captioner, home)
 
 
 def round_source(source: str, number: int) -> str:
@@ -119,7 +128,10 @@ def round_source(source: str, number: int) -> str:
 
 
 def make_golden(run: Run, plan: Plan, config: Config, *, redo: bool, rethreshold: bool) -> dict[str, int]:
-    """All four stages, each from where it stands; returns the counts of the closing line."""
+    """All stages, each from where it stands; returns the counts of the closing line.
+
+    Raises Refused where the verifier is not good enough or too many images failed.
+    """
     home = run.stage_dir(f"round-{plan.number}")
     if rethreshold and not (home / "claims" / "stage.json").is_file():
         raise RunError(
@@ -131,11 +143,12 @@ def make_golden(run: Run, plan: Plan, config: Config, *, redo: bool, rethreshold
     images = read_folder(folder, captions=False)
     tool = Rules(kind_of=scenes.kind_of if plan.source.startswith(SCENES) else None)
     _candidates(run, plan, config, folder, images, redo)
-    _claims(run, plan, config, images, tool)
+    thresholds = trusted(run, plan, config, _planted(run, plan, config, folder, images))
+    _claims(run, plan, config, images, tool, thresholds)
     ledger = Shards(home / "claims", Claim)
     if rethreshold or not (home / "golden" / "stage.json").is_file():
-        apply_thresholds(ledger, config)
-    _golden(run, plan, config, len(images), rethreshold)
+        apply_thresholds(ledger, thresholds)
+    _golden(run, plan, config, len(images), thresholds, rethreshold)
     return _pairs(run, plan, config, len(images))
 
 
@@ -155,7 +168,7 @@ def _candidates(
     inputs = {"captioner": plan.captioner, "images": folder}
     stage = run.stage(f"round-{plan.number}/candidates", section, inputs, redo)
     if redo:  # what derives from the old candidates goes with them
-        for name in STAGES[:0:-1]:
+        for name in ("pairs", "golden", "claims", "planted"):
             remove_dir(run.stage_dir(f"round-{plan.number}/{name}"))
     if stage.done:
         return
@@ -175,7 +188,7 @@ def _candidates(
 
         rows: list[Candidate] = []
         for sampled in engine.sample(requests(), settings.samples, sampling):
-            rows += sampled
+            rows += golden.mark(sampled)
             advance()
         return rows, failed
 
@@ -186,70 +199,274 @@ def _candidates(
         "images": len(images),
         "candidates": len(rows),
         "cut": sum(r.finish_reason != "stop" for r in rows),
+        "repeating": sum(r.repeats > 0 for r in rows),
+        "duplicates": sum(r.duplicate_of is not None for r in rows),
     }
     _finish(stage, run, counts, len(images))
 
 
-def _claims(run: Run, plan: Plan, config: Config, images: list[ImageRow], tool: Tool) -> None:
+def _planted(
+    run: Run, plan: Plan, config: Config, folder: Path, images: list[ImageRow]
+) -> dict[str, dict[str, Any]]:
+    """The verifier's accuracy on planted claims, as JSON; empty where nothing judges claims of this round.
+
+    The facts of the images are read here and nowhere else in a round: they measure the verifier.
+    """
+    settings, home = config.golden, run.stage_dir(f"round-{plan.number}")
+    file = Path(settings.planted) if settings.planted else None
+    known = read_folder(folder) if file is None and plan.source.startswith(SCENES) else []
+    if file is None and not known:
+        return {}
+    section = {
+        "planted_images": settings.planted_images,
+        "views": config.views,
+        "dtype": config.model.dtype,
+        "prompt": prompts.prompt_hash("question"),
+    }
+    inputs = {"verifier": plan.verifier, "calibration": plan.qa / "calibration.json"}
+    inputs |= {"planted": file} if file else {"candidates": home / "candidates"}
+    stage = run.stage(f"round-{plan.number}/planted", section, inputs)
+    if not stage.done:
+        temperature = qa.Calibration.read(inputs["calibration"]).temperature
+        rows = questions.read(file, config.max_failed)[0] if file else _scene_claims(home, known, config)
+        output = Output(stage.dir, Planted)
+
+        def work(
+            engine: Engine, part: list[ImageRow], advance: Callable[[], None]
+        ) -> tuple[list[Planted], list[Failed]]:
+            return _ask_planted(engine, part, temperature, advance)
+
+        _fill(output, "planted claims", [rows], plan.verifier, config, work)
+        asked = output.rows.read_all()
+        answers = [qa.Answer(r.kind, r.stratum, r.answer, r.p_yes, r.label_mass) for r in asked]
+        table = qa.accuracy_table(answers) if answers else {}
+        atomic_write_json(stage.dir / "accuracy.json", {name: asdict(row) for name, row in table.items()})
+        stage.finish({"images": len(rows), "claims": len(asked)})
+    return _read_table(stage.dir / "accuracy.json")
+
+
+def _scene_claims(home: Path, known: list[ImageRow], config: Config) -> list[ImageRow]:
+    """The first images with claims planted from their own samples."""
+    candidates = by_key(Shards(home / "candidates", Candidate).read_all())
+    rows = []
+    for row in [row for row in known if row.key in candidates and row.facts][: config.golden.planted_images]:
+        said = golden.select(candidates[row.key], Rules(), config.golden.max_questions).asked
+        rng = random.Random(row_seed(config.seed, "planted", row.key))
+        claims = planted.plant([each.text for each in said], row.facts or "", PLANTED_PER_IMAGE, rng)
+        rows.append(ImageRow(row.key, row.path, questions=[dict(claim) for claim in claims]))
+    return rows
+
+
+def _ask_planted(
+    engine: Engine, part: list[ImageRow], temperature: float, advance: Callable[[], None]
+) -> tuple[list[Planted], list[Failed]]:
+    from captioner.engines import QuestionBatch
+
+    failed: list[Failed] = []
+    asked: list[tuple[ImageRow, str]] = []
+
+    def requests() -> Iterator[QuestionBatch]:
+        for row, image, sample in _load(part, failed, advance):
+            asked.append((row, sample))
+            yield QuestionBatch(image, [qa.question_text(question) for question in row.questions or []])
+
+    rows: list[Planted] = []
+    for number, answers in enumerate(engine.p_yes(requests())):
+        row, sample = asked[number]
+        for question, answer in zip(row.questions or [], answers, strict=True):
+            told = {name: question[name] for name in ("kind", "stratum", "answer")}
+            text, mass = question["question"], answer.label_mass
+            p = qa.scale(answer.p_yes, temperature)
+            rows.append(Planted(sample=sample, key=row.key, text=text, p_yes=p, label_mass=mass, **told))
+        advance()
+    return rows, failed
+
+
+def trusted(run: Run, plan: Plan, config: Config, table: Mapping[str, Mapping[str, Any]]) -> Thresholds:
+    """The thresholds of the round; writes ``verifier.json``: what the verifier may be believed, and why.
+
+    Raises Refused where its accuracy lies below the limit.
+    """
+    trust = planted.decide(table, _read_table(plan.qa / "accuracy.json"), config.golden)
+    decision = run.stage_dir(f"round-{plan.number}") / "verifier.json"
+    atomic_write_json(decision, {**trust.to_json(), "planted": dict(table)})
+    if trust.refused:
+        raise Refused(
+            f"the verifier of round {plan.number} cannot be trusted: {trust.refused}",
+            where=str(decision),
+            mend="more or better questions or steps (captioner qa --redo); golden.min_accuracy is the limit",
+        )
+    calibration = qa.Calibration.read(plan.qa / "calibration.json")
+    return golden.thresholds(config.golden, calibration, trust.distrusted)
+
+
+def _read_table(path: Path) -> dict[str, dict[str, Any]]:
+    try:
+        table: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"no accuracy: {error}", where=str(path), mend="captioner qa --redo") from error
+    return table
+
+
+def _claims(
+    run: Run, plan: Plan, config: Config, images: list[ImageRow], tool: Tool, thresholds: Thresholds
+) -> None:
     settings = config.golden
     home = run.stage_dir(f"round-{plan.number}")
     section = {
         "max_questions": settings.max_questions,
+        "reask": settings.reask,
         "views": config.views,
         "dtype": config.model.dtype,
-        "prompt": prompts.prompt_hash("question"),
+        "prompts": [prompts.prompt_hash(wording) for wording in qa.WORDINGS],
         "tool": type(tool).__name__,
     }
-    inputs = {"verifier": plan.verifier, "candidates": home / "candidates"}
+    inputs = {
+        "verifier": plan.verifier,
+        "calibration": plan.qa / "calibration.json",
+        "candidates": home / "candidates",
+    }
     stage = run.stage(f"round-{plan.number}/claims", section, inputs)
     if stage.done:
         return
     output = Output(stage.dir, Claim)
     candidates = by_key(Shards(home / "candidates", Candidate).read_all())
-    verifier = hash_path(plan.verifier)
+    selections = {key: golden.select(rows, tool, settings.max_questions) for key, rows in candidates.items()}
+    calibration = qa.Calibration.read(inputs["calibration"])
+    reask = calibration.reask if settings.reask is None else settings.reask
+    square = golden.square_plan(plan.verifier, config.views) if "view" in reask else []
+    asker = Asker(tool, thresholds, calibration.temperature, hash_path(plan.verifier), reask, square)
 
     def work(
         engine: Engine, part: list[ImageRow], advance: Callable[[], None]
     ) -> tuple[list[Claim], list[Failed]]:
+        failed: list[Failed] = []
+        asked = asker.ask(engine, part, candidates, selections, failed, advance)
+        rows = [claim for claims in asker.ask_again(engine, part, asked, failed) for claim in claims]
+        return golden.judge(rows, thresholds), failed
+
+    parts = _parts(images, settings.shard_rows)
+    for index, part in enumerate(parts):
+        unasked = [
+            Unasked(
+                sample=candidates[row.key][0].sample,
+                key=row.key,
+                text=each.text,
+                candidates=list(each.candidates),
+                why=why,
+            )
+            for row in part
+            if row.key in selections
+            for each, why in selections[row.key].unasked
+        ]
+        Shards(stage.dir / "unasked", Unasked).write(index, unasked)
+    _fill(output, "verifying", parts, plan.verifier, config, work)
+    rows = output.rows.read_all()
+    left = Counter(why for selection in selections.values() for _, why in selection.unasked)
+    counts = {
+        "images": len(images),
+        "claims": len(rows),
+        "asked_again": sum(row.first_p_yes is not None for row in rows),
+        "uncheckable": left[golden.UNCHECKABLE],
+        "over_limit": left[golden.OVER_LIMIT],
+    }
+    mass = sum(row.label_mass for row in rows) / len(rows) if rows else None
+    _finish(stage, run, counts, len(images), {"mean_label_mass": mass})
+
+
+@dataclass(frozen=True)
+class Asker:
+    """Asks a verifier about the statements of images, and again about what it could not decide."""
+
+    tool: Tool
+    thresholds: Thresholds
+    temperature: float
+    verifier: str  # its hash
+    reask: tuple[str, ...]
+    plan: list[View]  # of a square image
+
+    def ask(
+        self,
+        engine: Engine,
+        part: list[ImageRow],
+        candidates: Mapping[str, list[Candidate]],
+        selections: Mapping[str, golden.Selection],
+        failed: list[Failed],
+        advance: Callable[[], None],
+    ) -> dict[str, list[Claim]]:
+        """The judged claims of each image by key, after one question each."""
         from captioner.engines import QuestionBatch
 
-        failed: list[Failed] = []
         asked: list[tuple[Candidate, list[Statement]]] = []  # of each image that the engine was given
 
         def requests() -> Iterator[QuestionBatch]:
             for row, image, sample in _load([row for row in part if row.key in candidates], failed, advance):
-                first = candidates[row.key][0]
-                statements = golden.select(candidates[row.key], tool, settings.max_questions).asked
+                first, statements = candidates[row.key][0], selections[row.key].asked
                 if first.sample == sample and statements:
                     asked.append((first, statements))
-                    yield QuestionBatch(image, [tool.decompose(each.text).text for each in statements])
+                    yield QuestionBatch(image, [self.tool.decompose(each.text).text for each in statements])
                 else:
                     reason = NO_STATEMENT if first.sample == sample else CHANGED
                     failed.append(Failed(sample=sample, key=row.key, reason=reason))
                     advance()
 
-        rows: list[Claim] = []
+        claims: dict[str, list[Claim]] = {}
         for number, answers in enumerate(engine.p_yes(requests())):
             candidate, statements = asked[number]
             if all(isfinite(answer.p_yes) for answer in answers):
-                rows += golden.claims(candidate, statements, answers, tool, verifier, settings)
+                made = golden.claims(
+                    candidate, statements, answers, self.tool, self.verifier, self.temperature
+                )
+                claims[candidate.key] = golden.judge(made, self.thresholds)
             else:
                 failed.append(Failed(sample=candidate.sample, key=candidate.key, reason=NOT_FINITE))
             advance()
-        return rows, failed
+        return claims
 
-    parts = _parts(images, settings.shard_rows)
-    _fill(output, "verifying", parts, plan.verifier, config, work)
-    rows = output.rows.read_all()
-    selections = [golden.select(each, tool, settings.max_questions) for each in candidates.values()]
-    counts = {
-        "images": len(images),
-        "claims": len(rows),
-        "uncheckable": sum(selection.uncheckable for selection in selections),
-        "over_limit": sum(selection.over_limit for selection in selections),
-    }
-    mass = sum(row.label_mass for row in rows) / len(rows) if rows else None
-    _finish(stage, run, counts, len(images), {"mean_label_mass": mass})
+    def ask_again(
+        self, engine: Engine, part: list[ImageRow], claims: dict[str, list[Claim]], failed: list[Failed]
+    ) -> list[list[Claim]]:
+        """The claims with the answers to second questions where the first left them undecided."""
+        from captioner.engines import QuestionBatch
+
+        second: dict[str, dict[int, list[tuple[str, str]]]] = defaultdict(dict)  # key -> claim -> asked
+        for key, own in claims.items():
+            for index, claim in enumerate(own):
+                if claim.expected == "yes" and golden.undecided(claim, self.thresholds):
+                    ways = [
+                        golden.second_question(way, claim.text, claim.question, self.plan)
+                        for way in self.reask
+                    ]
+                    if asked := [way for way in ways if way]:
+                        second[key][index] = asked
+        batches: list[tuple[str, list[tuple[int, int]]]] = []  # key, (claim, number of its question)
+
+        def requests() -> Iterator[QuestionBatch]:
+            for row, image, sample in _load([row for row in part if row.key in second], failed, lambda: None):
+                if claims[row.key][0].sample != sample:
+                    failed.append(Failed(sample=sample, key=row.key, reason=CHANGED))
+                    continue
+                for view in sorted({view for asked in second[row.key].values() for view, _ in asked}):
+                    places = [
+                        (i, n)
+                        for i, asked in second[row.key].items()
+                        for n in range(len(asked))
+                        if asked[n][0] == view
+                    ]
+                    batches.append((row.key, places))
+                    yield QuestionBatch(image, [second[row.key][i][n][1] for i, n in places], view)
+
+        answers: dict[tuple[str, int, int], YesNo] = {}
+        for number, replies in enumerate(engine.p_yes(requests())):
+            key, places = batches[number]
+            answers |= {(key, i, n): reply for (i, n), reply in zip(places, replies, strict=True)}
+        lost = {row.key for row in failed}
+        for key in second.keys() - lost:
+            for i, asked in second[key].items():
+                replies = [answers[key, i, n] for n in range(len(asked))]
+                if all(isfinite(reply.p_yes) for reply in replies):
+                    claims[key][i] = golden.asked_again(claims[key][i], asked, replies, self.temperature)
+        return [own for key, own in claims.items() if key not in lost]
 
 
 def _load(
@@ -302,19 +519,24 @@ def _engine(checkpoint: Path, config: Config) -> Iterator[Engine]:
 # ---------------------------------------------------------------- the stages that derive
 
 
-def apply_thresholds(ledger: Shards[Claim], config: Config) -> None:
+def apply_thresholds(ledger: Shards[Claim], thresholds: Thresholds) -> None:
     """Bring the ledger's verdicts up to the thresholds: whoever reads it sees what the captions follow."""
     for index in range(_count(ledger)):
         rows = ledger.read(index)
-        judged = golden.judge(rows, config.golden)
+        judged = golden.judge(rows, thresholds)
         if judged != rows:
             ledger.write(index, judged)
 
 
-def _golden(run: Run, plan: Plan, config: Config, images: int, redo: bool) -> None:
+def _golden(run: Run, plan: Plan, config: Config, images: int, thresholds: Thresholds, redo: bool) -> None:
     settings = config.golden
     home = run.stage_dir(f"round-{plan.number}")
-    section = settings.model_dump(mode="json", include={"keep", "drop", "abstain", "max_tokens"})
+    section = settings.model_dump(mode="json", include={"abstain", "max_tokens"})
+    section |= {
+        "keep": thresholds.keep,
+        "drop": thresholds.drop,
+        "distrusted": sorted(thresholds.distrusted),
+    }
     inputs = {"candidates": home / "candidates", "claims": home / "claims"}
     if redo:
         remove_dir(home / "pairs")
@@ -384,7 +606,7 @@ def _derived(
         raise RunError(
             error.what,
             where=error.where,
-            mend=f"--rethreshold {run.config.golden.keep} derives anew, --redo samples and asks anew, too",
+            mend="--rethreshold KEEP derives anew, --redo samples and asks anew, too",
         ) from error
 
 

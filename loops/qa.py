@@ -1,7 +1,8 @@
 """captioner qa --round N: train the verifier of a round and measure it on held-out images.
 
 A fresh adapter in the language model only, on the frozen current captioner, learns yes/no questions. Writes
-round-N/qa/adapter, round-N/qa/captioner (the verifier, a stock checkpoint) and round-N/qa/accuracy.json.
+round-N/qa/adapter, round-N/qa/captioner (the verifier, a stock checkpoint), round-N/qa/accuracy.json and
+round-N/qa/calibration.json (temperature and abstain band, fitted on the held-out questions).
 """
 
 from __future__ import annotations
@@ -10,19 +11,19 @@ import argparse
 import random
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.table import Column, Table
 
-from captioner import qa
-from captioner.config import AdapterTuning, Config
+from captioner import golden, qa
+from captioner.config import AdapterTuning, Config, QAConfig
 from captioner.errors import DataError
-from captioner.formats import resolve
+from captioner.formats import questions, resolve
 from captioner.formats.folder import ImageRow, read_folder
 from captioner.runs import Run, atomic_write_json, console, progress
-from captioner.views import load_image
+from captioner.views import View, load_image
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from captioner.engines import Engine
     from captioner.train import Target, TrainingImages
 
+ENOUGH = 20  # questions that asking again must decide before it is believed
 GRAY = (128, 128, 128)  # what the blind baseline sees
 
 
@@ -43,31 +45,34 @@ def run(config: Config, args: argparse.Namespace) -> int:
     if stage.done:
         print(f"qa was done before: {stage.dir}")
         return 0
-    rows = [row for row in read_folder(data) if any(map(qa.is_yes_no, row.questions or []))]
-    if not rows:
-        mend = "give the folder's metadata a column questions with yes/no answers"
-        raise DataError("no image has yes/no questions", where=str(data), mend=mend)
-    learned, held = qa.split(
-        [row.key for row in rows], config.qa.holdout, config.seed + config.qa.training.seed
-    )
+    seed = config.seed + config.qa.training.seed
+    rows, read = read_rows(data, config, seed)
+    learned, held = qa.split([row.key for row in rows], config.qa.holdout, seed)
     verifier = stage.dir / "captioner"
     metrics = (
         {} if verifier.is_dir() else train_verifier(config, start, [rows[i] for i in learned], stage.dir)
     )
-    accuracies = measure(config, verifier, [rows[i] for i in held])
+    accuracies, calibration, again = measure(config, verifier, [rows[i] for i in held])
+    atomic_write_json(stage.dir / "calibration.json", calibration.model_dump())
     atomic_write_json(
         stage.dir / "accuracy.json", {name: asdict(scores) for name, scores in accuracies.items()}
     )
     shutil.rmtree(stage.dir / "checkpoints", ignore_errors=True)
     overall = accuracies["all"]
     counts = {"images": len(learned), "held_out_images": len(held), "held_out_questions": overall.count}
-    stage.finish(
-        counts, {**metrics, "accuracy": overall.accuracy, "blind_accuracy": accuracies["blind"].accuracy}
-    )
+    scores = {"accuracy": overall.accuracy, "blind_accuracy": overall.blind, **calibration.model_dump()}
+    stage.finish({**counts, **read}, {**metrics, **scores}, asked_again=again)
     print_table(accuracies)
     print(
+        f"temperature {calibration.temperature:.2f}; keep from {calibration.keep:.2f}, drop below "
+        f"{calibration.drop:.2f}, so that {config.qa.band_accuracy:.0%} are right on either side"
+    )
+    for way, one in again.items():
+        told = f"decides {one['decided']} of {one['asked']} undecided, {one['right']:.0%} rightly"
+        print(f"asking again by {way} {told}: {'used' if way in calibration.reask else 'not used'}")
+    print(
         f"round {args.round}: verifier trained on {len(learned)} images, accuracy {overall.accuracy:.3f} "
-        f"(blind {accuracies['blind'].accuracy:.3f}) on {overall.count} questions of {len(held)} others: "
+        f"(blind {overall.blind:.3f}) on {overall.count} questions of {len(held)} others: "
         f"{stage.dir}"
     )
     return 0
@@ -84,53 +89,130 @@ def train_verifier(config: Config, start: Path, rows: Sequence[ImageRow], out: P
     training = config.qa.training.model_copy(update={"seed": seed})
     renderer = render.Renderer(captioner, config.views)
     captioner.views = renderer.config
-    images = training_images(rows, config.qa.questions_per_image)
+    images = training_images(rows, config.qa)
     metrics = train.train_sft(captioner, renderer, images, training, out)
     adapters.save(captioner, train.ADAPTER, out / "adapter")
     fuse.export(captioner, out / "captioner", train.ADAPTER)
     return metrics
 
 
-def training_images(rows: Sequence[ImageRow], questions_per_image: int) -> TrainingImages:
-    """Balanced yes/no questions of every image, drawn anew each time it is seen."""
+def read_rows(data: Path, config: Config, seed: int) -> tuple[list[ImageRow], dict[str, int]]:
+    """Images with yes/no questions, and counts of what a question file holds.
+
+    Raises DataError where there are none, Refused where too many rows of a file cannot be used.
+    """
+    counts: dict[str, int] = {}
+    if data.is_file():
+        rows, counts = questions.read(data, config.max_failed)
+        asked = qa.balance([row.questions or [] for row in rows], seed)
+        rows = [replace(row, questions=[dict(q) for q in own]) for row, own in zip(rows, asked, strict=True)]
+    else:
+        rows = read_folder(data)
+    rows = [row for row in rows if any(map(qa.is_yes_no, row.questions or []))]
+    if not rows:
+        mend = "give the folder's metadata a column questions with yes/no answers"
+        raise DataError("no image has yes/no questions", where=str(data), mend=mend)
+    return rows, counts
+
+
+def training_images(rows: Sequence[ImageRow], config: QAConfig) -> TrainingImages:
+    """Yes/no questions of every image, drawn anew each time it is seen.
+
+    Balanced within the image where it has such pairs, over all images where it has not.
+    """
     from captioner.train import Target, TrainingImages
 
+    spare = qa.balance([row.questions or [] for row in rows], config.training.seed)
+
     def draw(index: int, rng: random.Random) -> list[Target]:
-        drawn = qa.draw_balanced(rows[index].questions or [], questions_per_image, rng)
+        asked, count = rows[index].questions or [], config.questions_per_image
+        drawn = qa.draw_balanced(asked, count, rng) or rng.sample(spare[index], min(count, len(spare[index])))
         return [Target(qa.question_text(question), question["answer"]) for question in drawn]
 
     return TrainingImages([row.key for row in rows], [row.path for row in rows], draw)
 
 
-def measure(config: Config, verifier: Path, rows: Sequence[ImageRow]) -> dict[str, qa.Accuracy]:
-    """Accuracy of the exported verifier on all yes/no questions of ``rows``; ``blind`` sees a gray image."""
+def measure(
+    config: Config, verifier: Path, rows: Sequence[ImageRow]
+) -> tuple[dict[str, qa.Accuracy], qa.Calibration, dict[str, dict[str, float]]]:
+    """Scores of the exported verifier on all yes/no questions of ``rows``, and its calibration.
+
+    Probabilities are calibrated by temperatures that have not seen them; ``uncalibrated`` are the raw ones,
+    ``blind`` those for a gray image. Last, what asking undecided questions again is good for.
+    """
     from captioner import model
     from captioner.engines.hf import HFEngine
 
     captioner = model.load(config.model.model_copy(update={"path": str(verifier)}))
     engine = HFEngine(captioner, config.views, config.engine)
-    answers = ask(engine, rows, blind=False)
-    blind = ask(engine, rows, blind=True)
+    raw, blind = ask(engine, rows, blind=False), ask(engine, rows, blind=True)
+    calibration = qa.calibrate(raw, config.qa.band_accuracy)
+    answers = qa.scaled(raw, calibration.temperature)
+    plan = golden.square_plan(verifier, config.views)
+    again = {way: ask_again(engine, rows, answers, way, plan, calibration) for way in ("view", "wording")}
     engine.close()
-    return qa.accuracy_table(answers) | {"blind": qa.accuracy(blind)}
+    helpful = [
+        way
+        for way, one in again.items()
+        if one["decided"] >= ENOUGH and one["right"] >= config.qa.band_accuracy
+    ]
+    keys = [row.key for row in rows for question in row.questions or [] if qa.is_yes_no(question)]
+    table = qa.accuracy_table(qa.cross_fitted(raw, keys), blind)
+    table |= {"uncalibrated": qa.accuracy(raw), "blind": qa.accuracy(blind)}
+    return table, calibration.model_copy(update={"reask": tuple(helpful)}), again
 
 
 def ask(engine: Engine, rows: Sequence[ImageRow], *, blind: bool) -> list[qa.Answer]:
-    """The verifier's answers to all yes/no questions of the rows."""
+    """The verifier's raw answers to all yes/no questions of the rows."""
     from captioner.engines import QuestionBatch
 
     asked = [[question for question in row.questions or [] if qa.is_yes_no(question)] for row in rows]
     batches = (
-        QuestionBatch(_image(row, blind), [qa.question_text(question) for question in questions])
-        for row, questions in zip(rows, asked, strict=True)
+        QuestionBatch(_image(row, blind), [qa.question_text(question) for question in own])
+        for row, own in zip(rows, asked, strict=True)
     )
     answers = []
     with progress("blind" if blind else "held-out questions", len(rows)) as bar:
-        for questions, replies in zip(asked, engine.p_yes(batches), strict=True):
+        for own, replies in zip(asked, engine.p_yes(batches), strict=True):
             bar.advance()
-            for q, reply in zip(questions, replies, strict=True):
+            for q, reply in zip(own, replies, strict=True):
                 answers.append(qa.Answer(q["kind"], q["stratum"], q["answer"], reply.p_yes, reply.label_mass))
     return answers
+
+
+def ask_again(
+    engine: Engine,
+    rows: Sequence[ImageRow],
+    answers: Sequence[qa.Answer],
+    way: str,
+    plan: Sequence[View],
+    calibration: qa.Calibration,
+) -> dict[str, float]:
+    """How many undecided questions a second asking decides, and the share of them that is decided rightly.
+
+    ``answers`` are calibrated, one for every yes/no question of ``rows``.
+    """
+    from captioner.engines import QuestionBatch
+
+    flat = iter(answers)
+    asked: dict[tuple[int, str], list[tuple[qa.Answer, str]]] = {}
+    for index, row in enumerate(rows):
+        for question in filter(qa.is_yes_no, row.questions or []):
+            answer, text = next(flat), question["question"]
+            second = golden.second_question(way, text, qa.question_text(question), plan)
+            if second and qa.undecided(answer.p_yes, calibration):
+                asked.setdefault((index, second[0]), []).append((answer, second[1]))
+    batches = (
+        QuestionBatch(_image(rows[index], False), [text for _, text in own], view)
+        for (index, view), own in asked.items()
+    )
+    pairs = [
+        (answer, qa.scale(reply.p_yes, calibration.temperature))
+        for own, replies in zip(asked.values(), engine.p_yes(batches), strict=True)
+        for (answer, _), reply in zip(own, replies, strict=True)
+    ]
+    decided, right = qa.decided_rightly(pairs, calibration)
+    return {"asked": len(pairs), "decided": decided, "right": right}
 
 
 def _image(row: ImageRow, blind: bool) -> Image.Image:
@@ -142,9 +224,9 @@ def _image(row: ImageRow, blind: bool) -> Image.Image:
 
 def print_table(accuracies: dict[str, qa.Accuracy]) -> None:
     table = Table(Column("held out", no_wrap=True))
-    for title in ("questions", "accuracy", "precision", "recall", "yes ratio", "calib. error"):
+    for title in ("questions", "accuracy", "precision", "recall", "yes ratio", "calib. error", "blind"):
         table.add_column(title, justify="right")
     for name, a in accuracies.items():
-        scores = (a.accuracy, a.precision, a.recall, a.yes_ratio, a.calibration_error)
+        scores = (a.accuracy, a.precision, a.recall, a.yes_ratio, a.calibration_error, a.blind)
         table.add_row(name, str(a.count), *("-" if score is None else f"{score:.3f}" for score in scores))
     console().print(table)

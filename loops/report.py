@@ -62,6 +62,7 @@ def _round(run: Run, home: Path) -> RoundReport:
         number=int(home.name[6:]),
         accuracy=_json(home / "qa" / "accuracy.json"),
         gate=_json(home / "gate.json"),
+        verifier=_json(home / "verifier.json"),
         examples=_examples(run, home),
     )
 

@@ -92,7 +92,10 @@ def test_another_kind_of_section_starts_from_its_own_defaults() -> None:
             {"sft.tuning.vision_width": "-1"},
             ["sft.tuning.vision_width = '-1'", "--sft.tuning.vision_width -1"],
         ),
-        ({"golden.drop": "0.9"}, ["golden: drop must not lie above keep", "--golden.drop 0.9"]),
+        (
+            {"golden.drop": "0.9", "golden.keep": "0.6"},
+            ["golden: drop must not lie above keep", "--golden.drop 0.9"],
+        ),
     ],
 )
 def test_wrong_flag(overrides: dict[str, str], parts: list[str]) -> None:

@@ -27,7 +27,14 @@ SMALL = {
     "max_failed": 1.0,
     "sft": {"data": ["scenes:sft:8"], "validation": "scenes:validation:4", "training": TRAINING},
     "qa": {"data": "scenes:qa:8", "questions_per_image": 4, "language_width": 8, "training": TRAINING},
-    "golden": {"images": "scenes:round:6", "samples": 3, "sampling": {"max_tokens": 24}, "max_questions": 8},
+    "golden": {
+        "images": "scenes:round:6",
+        "samples": 3,
+        "sampling": {"max_tokens": 24},
+        "max_questions": 8,
+        # a random verifier would be refused, and knows nothing
+        **{"min_accuracy": 0.0, "min_kind_accuracy": 0.0, "abstain": "keep"},
+    },
     "pairs": {"min_refuted": 0},
     "dpo": {"golden_sft_steps": 2, "training": TRAINING},
     "evaluate": {"data": "scenes:test:4", "max_tokens": 24, "bootstrap": 100},

@@ -1,3 +1,4 @@
+import random
 from itertools import chain
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from PIL import Image
 from captioner import prompts
 from captioner.config import EngineConfig, SamplingConfig, ViewsConfig
 from captioner.engines import CaptionRequest, QuestionBatch, YesNo
-from captioner.engines.hf import HFEngine, pick
+from captioner.engines.hf import IMAGES_PER_PREFIX_BATCH, HFEngine, pick
 from captioner.errors import DataError
 from captioner.model import Captioner
 from captioner.records import Candidate
@@ -301,6 +302,27 @@ def test_answers_do_not_depend_on_the_batch(captioner: Captioner, batch_size: in
     close([row[::-1] for row in ask(engine(captioner, batch_size), turned)], alone)
 
 
+def test_any_order_any_company_any_view(qwen3: Captioner) -> None:
+    """What stands beside a question changes nothing: other questions, views, images, repeated ones."""
+    rng = random.Random(0)
+    views = ("all", "whole", "top left")
+    asks = [(i, view, q) for i in range(3) for view in views for q in QUESTIONS]
+    ours = [engine(qwen3, size) for size in (1, 2, 7, 64)]
+    alone = {
+        (i, view, q): ask(ours[0], [QuestionBatch(image(i, *SIZES[i]), [q], view)])[0][0]
+        for i, view, q in asks
+    }
+    for each in ours:
+        batches: list[tuple[int, str, list[str]]] = []
+        for i, view, q in rng.choices(asks, k=30):  # with repetition, in any order
+            if batches and batches[-1][:2] == (i, view) and rng.random() < 0.7:
+                batches[-1][2].append(q)
+            else:
+                batches.append((i, view, [q, *rng.sample(QUESTIONS, rng.randrange(3))]))
+        answers = ask(each, [QuestionBatch(image(i, *SIZES[i]), own, view) for i, view, own in batches])
+        close(answers, [[alone[i, view, q] for q in own] for i, view, own in batches])
+
+
 def test_none_one_and_five_hundred_questions(qwen3: Captioner) -> None:
     many = [f"Visible: object {i}?" for i in range(500)]
     batches = [QuestionBatch(image(0), many), QuestionBatch(image(1), []), QuestionBatch(image(2), many[:1])]
@@ -310,6 +332,25 @@ def test_none_one_and_five_hundred_questions(qwen3: Captioner) -> None:
     assert answers[0][-1].p_yes == pytest.approx(last.p_yes, abs=1e-5)
     assert ask(engine(qwen3), [QuestionBatch(image(1), [])]) == [[]]
     assert ask(engine(qwen3), []) == []
+
+
+def test_memory_is_bounded_however_many_questions(qwen3: Captioner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No forward pass holds more than `batch_size` rows, and no more images are encoded ahead than said."""
+    ours, rows, encoded = engine(qwen3, 16), [], []
+    step, prefill = ours._step, ours._prefill
+    monkeypatch.setattr(ours, "_step", lambda tokens, *rest: rows.append(len(tokens)) or step(tokens, *rest))
+    monkeypatch.setattr(
+        ours, "_prefill", lambda shown, tail: encoded.append(len(shown)) or prefill(shown, tail)
+    )
+    counts = [500, 1, 37, 0, 60, 2, 3, 4, 5, 120]
+    batches = [QuestionBatch(image(i), [f"Visible: {j}?" for j in range(n)]) for i, n in enumerate(counts)]
+    assert [len(row) for row in ask(ours, batches)] == counts
+    assert max(rows) <= 16 and sum(rows) == sum(counts)
+    assert max(encoded) <= IMAGES_PER_PREFIX_BATCH and sum(encoded) == len(counts)
+    groups = (sum(counts[:IMAGES_PER_PREFIX_BATCH]), sum(counts[IMAGES_PER_PREFIX_BATCH:]))
+    assert len(rows) == sum(
+        -(-n // 16) for n in groups
+    )  # questions about images encoded together go together
 
 
 def test_one_view_shows_that_view_only(qwen3: Captioner) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
 import textwrap
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,12 +21,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from captioner import golden, scenes
-from captioner.config import Config, GoldenConfig
+from captioner import golden, planted, qa, scenes, views
+from captioner.config import Config, GoldenConfig, ViewsConfig, ViewsOverride
+from captioner.engines import YesNo
 from captioner.errors import ConfigError, Refused, RunError
-from captioner.records import Candidate, Claim, Failed, Golden, Pair
+from captioner.golden import Thresholds
+from captioner.records import Candidate, Claim, Failed, Golden, Pair, Planted, Unasked
 from captioner.runs import Run, Shards
-from captioner.tool import Rules
+from captioner.tool import Rules, is_one_statement, normalise, split_statements
 from loops import golden as loop
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,6 +62,9 @@ def test_verdict(p: float, verdict: str) -> None:
     assert golden.verdict(p, keep=0.6, drop=0.4) == verdict
 
 
+BOUNDS = Thresholds(0.6, 0.4)
+
+
 @pytest.mark.parametrize("p", [float("nan"), -0.1, 1.1])
 def test_verdict_refuses_what_is_no_probability(p: float) -> None:
     with pytest.raises(ValueError, match="not a probability"):
@@ -72,8 +80,101 @@ def test_a_more_certain_claim_fares_no_worse(p: float, q: float, keep: float, dr
 
 
 def test_a_claim_that_no_confirms_is_judged_by_no() -> None:
-    kept, dropped = golden.judge([claim("a", 0.1, expected="no"), claim("b", 0.1)], GoldenConfig())
+    kept, dropped = golden.judge([claim("a", 0.1, expected="no"), claim("b", 0.1)], BOUNDS)
     assert (kept.verdict, dropped.verdict) == ("keep", "drop")
+    assert (kept.why, dropped.why) == ("0.900 is at least 0.600", "0.100 is below 0.400")
+
+
+def test_a_distrusted_kind_always_abstains() -> None:
+    bounds = Thresholds(0.6, 0.4, {"mark": "not trusted with mark"})
+    claims = [
+        each.model_copy(update={"kind": kind})
+        for each in (claim("a", 0.9), claim("b", 0.1))
+        for kind in ("mark", "color")
+    ]
+    judged = golden.judge(claims, bounds)
+    assert [each.verdict for each in judged] == ["abstain", "keep", "abstain", "drop"]
+    assert [each.why for each in judged if each.kind == "mark"] == ["not trusted with mark"] * 2
+    assert [golden.undecided(each, bounds) for each in judged] == [False] * 4
+    [middle] = golden.judge([claim("c", 0.5)], bounds)
+    assert golden.undecided(middle, bounds) and middle.why == "0.500 is between"
+
+
+def test_thresholds_come_from_the_calibration_unless_set() -> None:
+    calibration = qa.Calibration(temperature=1.5, keep=0.7, drop=0.3)
+
+    def of(**fields: float) -> tuple[float, float]:
+        found = golden.thresholds(GoldenConfig.model_validate(fields), calibration, {})
+        return found.keep, found.drop
+
+    assert of() == (0.7, 0.3)
+    assert of(keep=0.8) == (0.8, 0.3) and of(drop=0.1) == (0.7, 0.1)
+    assert of(keep=0.2) == (0.2, 0.2) and of(drop=0.9) == (0.9, 0.9)
+
+
+# ---- asking again
+
+SQUARE = views.plan(1200, 1200, ViewsConfig(overlap=0.25), size=1200, factor=1)
+
+
+@pytest.mark.parametrize(
+    ("statement", "view"),
+    [
+        ("northwest red", "top left"),
+        ("a cup in the lower right corner", "bottom right"),
+        ("center circle", "center"),
+        ("north star", None),  # on the border of two quadrants
+        ("circle left of star", None),
+        ("white background", None),
+        ("a bright westward look", None),  # no place
+    ],
+)
+def test_the_view_that_covers_a_claim_best(statement: str, view: str | None) -> None:
+    assert golden.best_view(statement, SQUARE) == view
+
+
+def test_second_questions() -> None:
+    by = {way: golden.second_question(way, "northwest red", "Q?", SQUARE) for way in ("view", "wording")}
+    assert by == {"view": ("top left", "Q?"), "wording": ("all", "Is there northwest red in the picture?")}
+    assert golden.second_question("wording", "Is there a dog?", "Is there a dog?", SQUARE) is None
+
+
+def test_answers_taken_together() -> None:
+    first = claim("northwest red", 0.5)
+    again = golden.asked_again(
+        first, [("top left", "Q?"), ("all", "R?")], [YesNo(0.9, 1), YesNo(0.9, 1)], 1.0
+    )
+    logit = 2 * math.log(9) / 3
+    assert again.p_yes == pytest.approx(1 / (1 + math.exp(-logit)))
+    assert (again.first_p_yes, again.view) == (0.5, "top left")
+    [kept] = golden.judge([again], BOUNDS)
+    assert kept.verdict == "keep" and kept.why.endswith("asked again")
+
+
+# ---- samples
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("red cup, dog, tree", 0),
+        ("red cup, dog, a red cup, Dog", 2),
+        ("red cup, very very very very small dog", 3),
+        ("so so good, 3 cups, 13 cups", 0),
+        ("on the left on the left on the left on the left", 6),  # articles do not count
+        ("", 0),
+    ],
+)
+def test_repeats(text: str, count: int) -> None:
+    assert golden.repeats(text) == count
+
+
+def test_duplicates_are_marked_and_stay() -> None:
+    texts = ["red cup, dog", "tree", "The red cup, dog, dog", "dog, red cup"]
+    marked = golden.mark([candidate(k, text) for k, text in enumerate(texts, 3)])
+    assert [each.duplicate_of for each in marked] == [None, None, 3, None]
+    assert [each.repeats for each in marked] == [0, 0, 1, 0]
+    assert [each.text for each in marked] == texts
 
 
 @pytest.mark.parametrize(
@@ -91,7 +192,7 @@ def test_abstained_claims(abstain: Any, text: str) -> None:
         claim("most", 0.5, (0, 1, 2)),
         claim("half", 0.5, (2, 3)),
     ]
-    made = golden.build(claims, 4, GoldenConfig(abstain=abstain), words)
+    made = golden.build(golden.judge(claims, BOUNDS), 4, GoldenConfig(abstain=abstain), words)
     assert isinstance(made, Golden)
     assert made.text == text
     assert (made.kept, made.dropped, made.abstained, made.tokens) == (1, 1, 2, words(text))
@@ -115,19 +216,40 @@ def test_the_least_certain_leave_first(budget: int, text: str) -> None:
         claim("rare", 0.7),
         claim("frequent", 0.7, (0, 1)),
     ]
-    assert golden.recompose(claims, words, budget) == text
+    assert golden.recompose(claims, words, budget)[0] == text
 
 
 def test_of_equals_the_later_leaves_first() -> None:
     claims = [claim("first", 0.7), claim("second", 0.7)]
-    assert golden.recompose(claims, words, 1) == "first"
+    assert golden.recompose(claims, words, 1)[0] == "first"
+
+
+def test_what_another_claim_says_as_well_leaves_first() -> None:
+    claims = [claim("red cup", 0.99), claim("small red cup", 0.7), claim("dog", 0.8)]
+    assert golden.recompose(claims, words, 5)[0] == "small red cup, dog"
+    made = golden.build(golden.judge(claims, BOUNDS), 1, GoldenConfig(max_tokens=5), words)
+    assert isinstance(made, Golden) and made.over_budget == ["red cup"]
 
 
 def test_never_empty() -> None:
-    assert golden.recompose([], words, 9) is None
-    assert golden.recompose([claim("too long", 0.9)], words, 1) is None
-    assert golden.build([claim("a", 0.1)], 1, GoldenConfig(), words) == golden.NOTHING_KEPT
-    assert golden.build([claim("a b", 0.9)], 1, GoldenConfig(max_tokens=1), words) == golden.OVER_BUDGET
+    assert golden.recompose([], words, 9) == (None, [])
+    assert golden.recompose([claim("too long", 0.9)], words, 1) == (None, [])
+    no, yes = golden.judge([claim("a", 0.1), claim("a b", 0.9)], BOUNDS)
+    assert golden.build([no], 1, GoldenConfig(), words) == golden.NOTHING_KEPT
+    assert golden.build([yes], 1, GoldenConfig(max_tokens=1), words) == golden.OVER_BUDGET
+
+
+@given(st.lists(st.text(alphabet="ab\"'()[],.; ", min_size=1, max_size=9), min_size=1, max_size=5))
+def test_a_caption_states_what_was_asked_and_nothing_else(texts: list[str]) -> None:
+    """Whatever the claims look like: open quotations and brackets would swallow their neighbours."""
+    claims = golden.judge([claim(text, 0.9) for text in texts], BOUNDS)
+    made = golden.build(claims, 1, GoldenConfig(), words)
+    if isinstance(made, Golden):
+        asked = {normalise(text) for text in texts}
+        assert {normalise(said) for said in split_statements(made.text)} <= asked
+    else:
+        assert made == golden.NOTHING_KEPT
+        assert not any(is_one_statement(text) for text in texts)
 
 
 @given(
@@ -138,15 +260,20 @@ def test_never_empty() -> None:
 )
 def test_recompose_keeps_order_budget_and_certainty(drawn: list[tuple[str, float]], budget: int) -> None:
     claims = [claim(f"{number} {text}", p) for number, (text, p) in enumerate(drawn)]
-    text = golden.recompose(claims, words, budget)
+    text, _ = golden.recompose(claims, words, budget)
     fitting = [each for each in claims if words(each.text) <= budget]
     assert (text is None) == (not fitting)
     if text is not None:
         inside = [each for each in fitting if each.text in text.split(", ")]
         assert text == ", ".join(each.text for each in inside)
         assert words(text) <= budget
-        outside = [each.p_yes for each in fitting if each not in inside]
-        assert max(outside, default=0) <= min(each.p_yes for each in inside)
+        outside = [each for each in fitting if each not in inside and not redundant(each, fitting)]
+        surest = max((each.p_yes for each in outside), default=0)
+        assert surest <= min(each.p_yes for each in inside)
+
+
+def redundant(one: Claim, claims: list[Claim]) -> bool:
+    return any(set(one.text.split()) < set(other.text.split()) for other in claims)
 
 
 def test_select_leaves_out_what_cannot_be_asked() -> None:
@@ -161,10 +288,23 @@ def test_select_leaves_out_what_cannot_be_asked() -> None:
         ("tree", (4, 7)),
         ("dog", (2,)),
     ]
-    assert (selection.uncheckable, selection.over_limit) == (2, 0)
+    assert [(each.text, why) for each, why in selection.unasked] == [
+        ("taken in 2019", golden.UNCHECKABLE),
+        ("beautiful", golden.UNCHECKABLE),
+    ]
     rarest_left = golden.select(candidates, Rules(), max_questions=2)
     assert [each.text for each in rarest_left.asked] == ["red cup", "tree"]
-    assert rarest_left.over_limit == 1
+    assert [(each.text, why) for each, why in rarest_left.unasked if each.text == "dog"] == [
+        ("dog", golden.OVER_LIMIT)
+    ]
+
+
+def test_the_whole_picture_comes_first() -> None:
+    said = "red cup, white background, photo on a wall, black and white photo, dog"
+    asked = golden.select([candidate(0, said)], Rules(), 9).asked
+    assert [each.text for each in asked] == [
+        "white background", "black and white photo", "red cup", "photo on a wall", "dog"
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -232,11 +372,21 @@ def ready(tmp_path_factory: pytest.TempPathFactory) -> Path:
     captioner = tiny_checkpoint(home / "run" / "sft" / "captioner", seed=1)
     with torch.no_grad():  # a random model that likes to say commas and to end states more than one thing
         rows = captioner.model.get_output_embeddings().weight
-        rows[captioner.tokenizer.convert_tokens_to_ids([",", "<|im_end|>"])] *= torch.tensor([[4.0], [2.0]])
+        rows[captioner.tokenizer.convert_tokens_to_ids([",", "<|im_end|>"])] *= torch.tensor([[3.0], [2.0]])
     captioner.model.save_pretrained(captioner.path)
     tiny_checkpoint(home / "run" / "round-1" / "qa" / "captioner", seed=2)
-    (home / "run" / "round-1" / "qa" / "stage.json").write_text("{}")
+    give_verifier(home, {"all": 0.9})
     return home
+
+
+def give_verifier(home: Path, accuracies: dict[str, float]) -> None:
+    """What the QA stage says of its verifier."""
+    folder = home / "run" / "round-1" / "qa"
+    table = {name: {"accuracy": value, "count": 99} for name, value in accuracies.items()}
+    (folder / "accuracy.json").write_text(json.dumps(table))
+    calibration = qa.Calibration(temperature=1.0, keep=0.6, drop=0.4)
+    (folder / "calibration.json").write_text(calibration.model_dump_json())
+    (folder / "stage.json").write_text("{}")
 
 
 @pytest.fixture(scope="module")
@@ -278,6 +428,8 @@ def test_every_image_is_a_row_or_a_counted_failure(finished: Path) -> None:
     assert manifest(finished, "candidates")["counts"] == {
         "images": IMAGES, "candidates": 3 * (IMAGES - 1), "failed": 1,
         "cut": sum(row.finish_reason == "length" for row in candidates),
+        "repeating": sum(row.repeats > 0 for row in candidates),
+        "duplicates": sum(row.duplicate_of is not None for row in candidates),
     }  # fmt: skip
     for before, rows, stage in ((candidates, claims, "claims"), (claims, captions, "golden")):
         failed = {row.key for row in failures_of(finished, stage)}
@@ -403,6 +555,197 @@ def test_rethreshold_runs_no_model(finished: Path, tmp_path: Path, monkeypatch: 
     assert loop.run(config_of(home), flags(home, rethreshold=0.5)) == 0
     for name in loop.STAGES:
         assert rows_of(home, name) == rows_of(finished, name)
+
+
+# ---------------------------------------------------------------- the verifier gate
+
+
+@pytest.fixture
+def scenes_home(ready: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, dict[str, bool]]:
+    """A round on scenes whose captioner says true and false things, and whose verifier knows the scenes.
+
+    Its answers of the kinds in the second value are turned: True is confident, False a shrug.
+    """
+    from captioner.engines.hf import HFEngine
+
+    home = copy_of(ready, tmp_path)
+    facts = {}
+    for image, row in scenes.rows("round", GATE_IMAGES):
+        facts[image.tobytes()] = scenes.Scene.from_json(row["facts"])
+    turned: dict[str, bool] = {}
+
+    def sample(engine: HFEngine, requests: Any, n: int, _: Any) -> Iterator[list[Candidate]]:
+        for number, request in enumerate(requests):
+            true = scenes.statements(facts[request.image.tobytes()])
+            false = scenes.statements(scenes.sample("qa", number))
+            texts = [", ".join(true), ", ".join(false[:9]), ", ".join(true[:6] + false[1:4])]
+            yield [
+                candidate(k, text).model_copy(update={"sample": request.sample_id, "key": request.key})
+                for k, text in enumerate(texts)
+            ]
+
+    def p_yes(engine: HFEngine, requests: Any) -> Iterator[list[YesNo]]:
+        for batch in requests:
+            scene, answers = facts[batch.image.tobytes()], []
+            for question in batch.questions:
+                text = question.removeprefix("Visible: ").removesuffix("?")
+                p = 0.97 if scenes.execute(text, scene) else 0.03
+                flip = turned.get(scenes.kind_of(text))
+                answers.append(YesNo({None: p, True: 1 - p, False: 0.49}[flip], 1.0))
+            yield answers
+
+    monkeypatch.setattr(HFEngine, "sample", sample)
+    monkeypatch.setattr(HFEngine, "p_yes", p_yes)
+    return home, turned
+
+
+GATE_IMAGES = 12
+
+
+def gate_config(home: Path, **fields: Any) -> Config:
+    return config_of(home, golden={"images": f"scenes:round:{GATE_IMAGES}", "max_questions": 60, **fields})
+
+
+def verifier_of(home: Path) -> Any:
+    return json.loads((home / "run" / "round-1" / "verifier.json").read_text())
+
+
+def test_planted_claims_are_balanced_and_judged() -> None:
+    scene = scenes.sample("round", 3)
+    said = [*scenes.statements(scene), "northwest nothing", "no idea"]
+    claims = planted.plant(said, scene.to_json(), 30, random.Random(0))
+    assert len(claims) >= 16
+    for claim_ in claims:
+        assert (claim_["answer"] == "yes") == scenes.execute(claim_["question"], scene)
+        assert scenes.kind_of(claim_["question"]) == claim_["kind"]
+    answers = Counter((claim_["kind"], claim_["answer"]) for claim_ in claims)
+    assert all(answers[kind, "yes"] == answers[kind, "no"] for kind, _ in answers)
+    assert {"stated", "swap"} == {claim_["stratum"] for claim_ in claims}
+
+
+def test_a_good_verifier_passes(scenes_home: tuple[Path, dict[str, bool]]) -> None:
+    home, _ = scenes_home
+    assert loop.run(gate_config(home), flags(home)) == 0
+    assert verifier_of(home)["passed"] and verifier_of(home)["distrusted"] == {}
+    rows = Shards(home / "run" / "round-1" / "planted", Planted).read_all()
+    assert len(rows) > 100 and {row.answer for row in rows} == {"yes", "no"}
+    assert {"color", "shape", "size"} <= {row.kind for row in rows}
+    judged = {row.key: row for row in rows_of(home, "golden")}
+    for row in judged.values():  # a verifier that knows gives a caption without a false statement
+        index = int(row.key.rpartition("/")[2])
+        assert scenes.judge(row.text, scenes.sample("round", index)).false == 0
+
+
+@pytest.mark.parametrize("confident", [True, False])
+def test_a_verifier_turned_for_one_kind_is_caught(
+    scenes_home: tuple[Path, dict[str, bool]], confident: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, turned = scenes_home
+    turned["color"] = confident
+    assert loop.run(gate_config(home), flags(home)) == 0
+    verifier = verifier_of(home)
+    assert verifier["passed"] and set(verifier["distrusted"]) == {"color"}
+    assert verifier["planted"]["kind color"]["accuracy"] <= 0.5
+    claims = rows_of(home, "claims")
+    assert {row.verdict for row in claims if row.kind == "color"} == {"abstain"}
+    assert {row.verdict for row in claims if row.kind == "shape"} == {"keep", "drop"}
+    assert all("not trusted with color" in row.why for row in claims if row.kind == "color")
+    refuted = [row for row in rows_of(home, "pairs") if row.refuted_in_rejected]
+    assert refuted  # by the other kinds
+    # thresholds move, the distrust stays, and no model runs
+    monkeypatch.setattr("captioner.model.load", no_model)
+    assert loop.run(gate_config(home), flags(home, rethreshold=0.99)) == 0
+    assert {row.verdict for row in rows_of(home, "claims") if row.kind == "color"} == {"abstain"}
+    # a lower limit trusts it again
+    assert loop.run(gate_config(home, min_kind_accuracy=0.0), flags(home, rethreshold=0.6)) == 0
+    assert "abstain" not in {row.verdict for row in rows_of(home, "claims")} or not confident
+
+
+def test_a_verifier_that_is_wrong_throughout_stops_the_round(
+    scenes_home: tuple[Path, dict[str, bool]],
+) -> None:
+    home, turned = scenes_home
+    turned.update(dict.fromkeys(scenes.KINDS, True))
+    with pytest.raises(Refused, match=r"round 1 cannot be trusted: all: 0\.\d+ on \d+ planted") as refused:
+        loop.run(gate_config(home), flags(home))
+    assert refused.value.exit_code == 3
+    assert not verifier_of(home)["passed"]
+    assert not (home / "run" / "round-1" / "claims").exists()
+    turned.clear()
+    with pytest.raises(Refused):  # what was measured stands
+        loop.run(gate_config(home), flags(home))
+    assert loop.run(gate_config(home), flags(home, redo=True)) == 0
+
+
+def test_a_human_checked_file_is_the_judge(scenes_home: tuple[Path, dict[str, bool]], tmp_path: Path) -> None:
+    home, turned = scenes_home
+    folder = tmp_path / "checked"
+    scenes.write("round", GATE_IMAGES, folder)
+    lines = []
+    for index in range(GATE_IMAGES):
+        for text in scenes.statements(scenes.sample("round", index))[:5]:
+            for shown in {index, (index + 1) % GATE_IMAGES}:
+                answer = "yes" if scenes.execute(text, scenes.sample("round", shown)) else "no"
+                row = {"image": f"{shown:06d}.png", "statement": text, "answer": answer}
+                lines.append(json.dumps(row | {"kind": scenes.kind_of(text)}))
+    (folder / "checked.jsonl").write_text("\n".join(lines))
+    turned["color"] = True
+    fields = {"planted": str(folder / "checked.jsonl")}
+    assert loop.run(gate_config(home, **fields), flags(home)) == 0
+    assert set(verifier_of(home)["distrusted"]) == {"color"}
+    assert verifier_of(home)["planted"]["kind color"]["accuracy"] == 0
+
+
+def test_without_planted_claims_the_held_out_questions_judge(fresh: Path) -> None:
+    give_verifier(fresh, {"all": 0.9, "kind ": 0.5, "stratum swap": 0.1, "blind": 0.5})
+    assert loop.run(config_of(fresh), flags(fresh)) == 0
+    assert {row.verdict for row in rows_of(fresh, "claims") if row.kind == ""} == {"abstain"}
+    assert not (fresh / "run" / "round-1" / "planted").exists()
+    give_verifier(fresh, {"all": 0.6})
+    with pytest.raises(Refused, match=r"all: 0\.600 on 99 held-out questions, limit 0\.65"):
+        loop.run(config_of(fresh), flags(fresh))
+
+
+def test_undecided_claims_are_asked_again(
+    scenes_home: tuple[Path, dict[str, bool]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from captioner.engines.hf import HFEngine
+
+    home, turned = scenes_home
+    turned["size"] = False
+    asked, p_yes = [], HFEngine.p_yes
+
+    def sharper(engine: HFEngine, requests: Any) -> Iterator[list[YesNo]]:
+        requests = list(requests)
+        for batch, answers in zip(requests, p_yes(engine, requests), strict=True):
+            if all(question.startswith("Visible") for question in batch.questions) and batch.view == "all":
+                yield answers
+                continue
+            asked.extend((batch.view, question) for question in batch.questions)
+            yield [YesNo(0.9, 1.0) for _ in answers]
+
+    monkeypatch.setattr(HFEngine, "p_yes", sharper)
+    fields = {"reask": ["view", "wording"], "keep": 0.6, "drop": 0.4, "min_kind_accuracy": 0.0}
+    config = gate_config(home, **fields).model_copy(update={"views": ViewsOverride(overlap=0.25)})
+    assert loop.run(config, flags(home)) == 0
+    claims = rows_of(home, "claims")
+    sizes = [row for row in claims if row.kind == "size"]
+    assert sizes and all(row.first_p_yes == pytest.approx(0.49) and row.verdict == "keep" for row in sizes)
+    assert all(row.first_p_yes is None and row.view == "all" for row in claims if row.kind != "size")
+    corners = {"northwest": "top left", "southeast": "bottom right", "center": "center", "north": "all"}
+    for row in sizes:
+        place = row.text.split()[0]
+        assert row.view == corners.get(place, row.view)
+    assert len(asked) == sum(1 + (row.view != "all") for row in sizes)
+    assert manifest(home, "claims")["counts"]["asked_again"] == len(sizes)
+
+
+def test_what_was_not_asked_is_in_the_ledger_with_its_reason(fresh: Path) -> None:
+    assert loop.run(config_of(fresh, golden={"max_questions": 1}), flags(fresh)) == 0
+    rows = Shards(fresh / "run" / "round-1" / "claims" / "unasked", Unasked).read_all()
+    counts = manifest(fresh, "claims")["counts"]
+    assert len(rows) == counts["uncheckable"] + counts["over_limit"] > 0
+    assert {row.why for row in rows} <= {golden.UNCHECKABLE, golden.OVER_LIMIT}
 
 
 @pytest.mark.parametrize(

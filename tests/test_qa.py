@@ -6,9 +6,12 @@ import argparse
 import json
 import random
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -60,6 +63,7 @@ def test_question_text() -> None:
     asked = {"question": "northwest color?", "answer": "red", "kind": "color", "stratum": "open"}
     assert qa.question_text(statement) == "Visible: northwest red?"
     assert qa.question_text(asked) == "northwest color?"
+    assert qa.question_text(statement | {"question": "Is there a dog?"}) == "Is there a dog?"
 
 
 def test_split_is_by_image_and_stable() -> None:
@@ -97,6 +101,106 @@ def test_accuracy_by_hand() -> None:
         "stratum random",
         "stratum swap",
     }
+
+
+def test_blind_answers_stand_beside_those_of_the_same_questions() -> None:
+    answers = [Answer("a", "s", "yes", 0.9, 1.0), Answer("b", "s", "no", 0.1, 1.0)]
+    blind = [Answer("a", "s", "yes", 0.9, 1.0), Answer("b", "s", "no", 0.9, 1.0)]
+    table = qa.accuracy_table(answers, blind)
+    found = {name: (row.accuracy, row.blind) for name, row in table.items()}
+    assert found == {"all": (1, 0.5), "kind a": (1, 1), "kind b": (1, 0), "stratum s": (1, 0.5)}
+
+
+def drawn_answers(temperature: float, count: int, seed: int = 0) -> list[Answer]:
+    """Answers of a verifier whose logits are too large by ``temperature``."""
+    rng = np.random.default_rng(seed)
+    p = 1 / (1 + np.exp(-rng.normal(0, 2, count)))
+    yes = rng.random(count) < p
+    raw = 1 / (1 + np.exp(-temperature * np.log(p / (1 - p))))
+    return [Answer("k", "s", "yes" if y else "no", float(x), 1.0) for x, y in zip(raw, yes, strict=True)]
+
+
+@pytest.mark.parametrize("temperature", [0.4, 1.0, 3.0])
+def test_temperature_is_that_of_least_likelihood_loss(temperature: float) -> None:
+    answers = drawn_answers(temperature, 4000)
+    fitted = qa.fit_temperature(answers)
+    assert fitted == pytest.approx(temperature, rel=0.1)
+    logits = torch.tensor([qa._logit(a.p_yes) for a in answers], dtype=torch.float64)
+    labels = torch.tensor([float(a.expected == "yes") for a in answers], dtype=torch.float64)
+
+    def loss(t: float) -> float:
+        return float(torch.nn.functional.binary_cross_entropy_with_logits(logits / t, labels))
+
+    assert loss(fitted) <= min(loss(fitted * 1.001), loss(fitted / 1.001))
+    after = qa.accuracy(qa.scaled(answers, fitted))
+    assert after.calibration_error < 0.03
+    assert after.accuracy == qa.accuracy(answers).accuracy  # one half stays one half
+
+
+def test_temperature_of_hopeless_answers_stays_in_bounds() -> None:
+    assert qa.fit_temperature([Answer("k", "s", "yes", 0.9, 1)] * 5) == 1.0
+    turned = [Answer("k", "s", a, p, 1) for a, p in (("yes", 0.01), ("no", 0.99))]
+    assert qa.fit_temperature(turned) == pytest.approx(qa.FLATTEST)
+    sure = [Answer("k", "s", a, p, 1) for a, p in (("yes", 1.0), ("no", 0.0))]
+    assert qa.fit_temperature(sure) == pytest.approx(qa.SHARPEST)
+    assert 0 < qa.scale(0.0, qa.SHARPEST) < qa.scale(1.0, qa.SHARPEST) <= 1
+
+
+def test_calibrated_by_questions_of_other_images() -> None:
+    answers = drawn_answers(3.0, 2000)
+    keys = [f"image {i // 10}" for i in range(len(answers))]
+    fitted = qa.cross_fitted(answers, keys)
+    assert qa.accuracy(fitted).calibration_error < 0.04 < qa.accuracy(answers).calibration_error
+    wrong = [replace(a, expected="yes" if a.expected == "no" else "no") for a in answers]
+    even = {key for i, key in enumerate(sorted(set(keys))) if i % 2 == 0}
+    mixed = [w if key in even else a for a, w, key in zip(answers, wrong, keys, strict=True)]
+    for one, other, key in zip(qa.cross_fitted(mixed, keys), fitted, keys, strict=True):
+        assert (one.p_yes == other.p_yes) == (key in even)  # what an image says is not fitted on itself
+
+
+def test_band_by_hand() -> None:
+    def group(p: float, yes: int) -> list[Answer]:
+        return [Answer("k", "s", "yes" if i < yes else "no", p, 1.0) for i in range(qa.BAND_GROUP)]
+
+    shares = {0.1: 2, 0.3: 12, 0.5: 22, 0.7: 18, 0.9: 38}  # of 40; 0.5 and 0.7 are pooled: 20 of 40
+    answers = [each for p, yes in shares.items() for each in group(p, yes)]
+    assert qa.band(answers, 0.9) == (0.9, 0.3)
+    assert qa.band(answers, 0.7) == (0.9, 0.5)
+    assert qa.band(answers, 0.5) == (0.5, 0.5)
+    assert qa.band(group(0.4, 20), 0.9) == (1.0, 0.0)  # nothing is certain: everything abstains
+    assert qa.band(group(0.4, 40), 0.9) == (0.4, 0.0)
+    assert qa.band(group(0.4, 0), 0.9) == (1.0, 1.0)
+
+
+def test_band_reaches_its_target_on_new_questions() -> None:
+    calibration = qa.calibrate(drawn_answers(2.0, 6000), 0.8)
+    assert calibration.temperature == pytest.approx(2, rel=0.1)
+    assert calibration.keep == pytest.approx(0.8, abs=0.08) and calibration.drop == pytest.approx(
+        0.2, abs=0.08
+    )
+
+
+def test_asking_again_is_judged_by_what_it_decides() -> None:
+    calibration = qa.Calibration(temperature=1, keep=0.7, drop=0.3)
+    yes, no = (Answer("k", "s", answer, 0.5, 1.0) for answer in ("yes", "no"))
+    twice = [(yes, 0.99), (no, 0.99), (no, 0.01), (yes, 0.55)]
+    assert qa.decided_rightly(twice, calibration) == (3, pytest.approx(2 / 3))
+    assert qa.decided_rightly([(yes, 0.55)], calibration) == (0, 0.0)
+    assert qa.combine([0.2, 0.8]) == pytest.approx(0.5) and qa.combine([0.7]) == pytest.approx(0.7)
+
+
+def test_balance_over_images() -> None:
+    def rows(count: int, answer: str, kind: str) -> list[qa.Question]:
+        return [
+            {"question": f"{kind} {answer} {i}?", "answer": answer, "kind": kind, "stratum": "s"}
+            for i in range(count)
+        ]
+
+    asked = [rows(5, "yes", "a"), rows(2, "no", "a"), rows(3, "no", "b"), rows(3, "red", "a")]
+    kept = qa.balance(asked, seed=1)
+    counts = Counter((q["kind"], q["answer"]) for own in kept for q in own)
+    assert counts == {("a", "yes"): 2, ("a", "no"): 2}
+    assert kept == qa.balance(asked, seed=1) and kept[0] != qa.balance(asked, seed=2)[0]
 
 
 def test_calibrated_answers_have_no_calibration_error() -> None:
@@ -142,8 +246,14 @@ def test_qa_command(tmp_path: Path) -> None:
     assert any(new[n][:, old[n].shape[1] :].abs().max() > 0 for n in wider if f".{mlp.output}." in n)
 
     scores = json.loads((out / "accuracy.json").read_text())
-    assert {"all", "blind", "kind color", "stratum positive"} <= scores.keys()
+    assert {"all", "blind", "uncalibrated", "kind color", "stratum positive"} <= scores.keys()
+    assert scores["all"]["blind"] == scores["blind"]["accuracy"]
+    assert scores["all"]["accuracy"] == scores["uncalibrated"]["accuracy"]
+    calibration = qa.Calibration.read(out / "calibration.json")
+    assert 0 <= calibration.drop <= calibration.keep <= 1
     manifest = json.loads((out / "stage.json").read_text())
     assert manifest["counts"]["images"] + manifest["counts"]["held_out_images"] == 6
     assert manifest["counts"]["held_out_questions"] == scores["all"]["count"]
+    assert manifest["metrics"]["temperature"] == calibration.temperature
+    assert set(manifest["asked_again"]) == {"view", "wording"}
     compare_losses("qa", logged(out))

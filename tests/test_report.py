@@ -75,7 +75,8 @@ def full_report(text: str = EVIL) -> Report:
         "all": {"accuracy": 0.9},
     }
     gate = {"promoted": True, "reasons": [text]}
-    one = RoundReport(1, accuracy, gate, [example(), example(scenes.sample("test", 0).to_json())])
+    verifier = {"passed": True, "reasons": [f"kind {text}"], "planted": {text: {"accuracy": 0.5}}}
+    one = RoundReport(1, accuracy, gate, [example(), example(scenes.sample("test", 0).to_json())], verifier)
     curves = [Curve(text, "loss", [(1, 4.0), (2, float("nan")), (3, 1.0)])]
     return Report(text, {"data": text, "images": 5, "captioners": [captioner]}, [one], curves, {text: text})
 
@@ -104,6 +105,7 @@ def test_content_is_there() -> None:
         "100 %",
         "Recall by size",
         "Gate: promoted",
+        "Verifier gate: passed",
         "0.930",
         "Golden",
         "Before",
