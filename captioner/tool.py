@@ -83,21 +83,21 @@ def split_statements(caption: str) -> list[str]:
     "1,000") and after abbreviations do not. A quotation mark or bracket that never closes protects nothing.
     """
     caption = _BULLET.sub("", caption)
-    parts = (caption[start:end] for start, end in statement_spans(caption))
+    parts = (caption[start:stop] for start, stop, _ in statement_spans(caption))
     return [" ".join(part.split()).strip(_EDGES) for part in parts]
 
 
-def statement_spans(caption: str) -> list[tuple[int, int]]:
-    """(start, end) of every statement in the caption: without the space around it and the comma behind it,
-    with the mark that ends its sentence."""
+def statement_spans(caption: str) -> list[tuple[int, int, int]]:
+    """(start, stop, end) of every statement: without the space around it; up to ``end`` with the mark that
+    ends its sentence, if one does."""
     spans, start = [], 0
     ends = [(match.start(), match.end()) for match in _SPLIT.finditer(caption) if match["end"]]
     for stop, after in [*ends, (len(caption), len(caption))]:
         text = caption[start:stop]
         if any(map(str.isalnum, text)):
-            begin = start + len(text) - len(text.lstrip())
-            closed = caption[stop:after].strip(",;\n，、；")
-            spans.append((begin, start + len(text.rstrip()) if not closed else after))
+            begin, end = start + len(text) - len(text.lstrip()), start + len(text.rstrip())
+            ends_sentence = caption[stop:after].strip(",;\n，、；")
+            spans.append((begin, end, after if ends_sentence else end))
         start = after
     return spans
 

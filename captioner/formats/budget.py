@@ -21,16 +21,16 @@ def fit(caption: str, budget: int, count: Callable[[str], int]) -> str:
     if count(caption) <= budget:
         return caption
     spans = statement_spans(caption)
-    for first, (start, _) in enumerate(spans):
+    for first, (start, _, _) in enumerate(spans):
 
         def tokens(last: int, start: int = start) -> int:
-            return count(caption[start : spans[last][1]])
+            return count(caption[start : spans[last][2]])
 
         last = bisect.bisect_right(range(first, len(spans)), budget, key=tokens) + first - 1
         while last >= first and tokens(last) > budget:  # where more text is fewer tokens
             last -= 1
         if last >= first:
-            return caption[start : spans[last][1]]
+            return caption[start : spans[last][2]]
     return ""
 
 
