@@ -103,7 +103,18 @@ def test_a_folder_is_walked_as_asked(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_a_list(folder: Path) -> None:
-    lines = ["b.png", "", "sub/../a.PNG", "gone.png", "sub/a.jpg", "sub/a.png", "b.png", "a\0b.png", "/", "/x.png"]
+    lines = [
+        "b.png",
+        "",
+        "sub/../a.PNG",
+        "gone.png",
+        "sub/a.jpg",
+        "sub/a.png",
+        "b.png",
+        "a\0b.png",
+        "/",
+        "/x.png",
+    ]
     names = folder / "list.txt"
     names.write_text("\ufeff" + "\r\n".join(lines))
     items = read(names, shard_rows=5)
@@ -255,7 +266,9 @@ def test_a_damaged_header_does_not_end_the_tar_unseen(tmp_path: Path) -> None:
         read(path)
 
 
-@pytest.mark.parametrize("size", [b"\x80" + b"\0" * 7 + b"\xff" * 4, b"\xff" * 11 + b"\x00", b"77777777777\0"])
+@pytest.mark.parametrize(
+    "size", [b"\x80" + b"\0" * 7 + b"\xff" * 4, b"\xff" * 11 + b"\x00", b"77777777777\0"]
+)
 @pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME])
 def test_sizes_that_lie(tmp_path: Path, size: bytes, kind: bytes) -> None:
     """Negative sizes would send a reader that seeks back into a circle, huge ones make it allocate."""
@@ -388,7 +401,9 @@ def hf_rows() -> datasets.Dataset:
     features = datasets.Features(
         {"image": datasets.Image(), "file_name": datasets.Value("string"), "text": datasets.Value("string")}
     )
-    rows = [{"image": {"bytes": png(i), "path": None}, "file_name": f"f{i}", "text": f"t{i}"} for i in range(5)]
+    rows = [
+        {"image": {"bytes": png(i), "path": None}, "file_name": f"f{i}", "text": f"t{i}"} for i in range(5)
+    ]
     return datasets.Dataset.from_list(rows, features=features)
 
 

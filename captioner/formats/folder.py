@@ -13,7 +13,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -97,13 +97,18 @@ def caption_shards(path: Path) -> list[Path]:
     return sorted(shards, key=lambda shard: int(shard.stem))
 
 
-def write_jsonl(rows: Iterable[CaptionRow], path: Path) -> int:
-    """Write one JSON object per row, failures included, and publish the file by rename. Returns the count."""
+def write_jsonl(
+    rows: Iterable[CaptionRow], path: Path, more: Callable[[CaptionRow], dict[str, Any]] = lambda row: {}
+) -> int:
+    """Write one JSON object per row, failures included, and publish the file by rename. Returns the count.
+
+    ``more`` gives further fields of a row.
+    """
     count = 0
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("w", encoding="utf-8") as file:
         for row in rows:
-            file.write(json_line(row.model_dump()))
+            file.write(json_line(row.model_dump() | more(row)))
             count += 1
         file.flush()
         os.fsync(file.fileno())
@@ -192,9 +197,7 @@ def image_keys(names: Sequence[str]) -> list[str]:
     taken = set(names)
     stems = {name: os.path.splitext(name)[0] if is_image_name(name) else name for name in taken}
     shared = Counter(stems.values())
-    return [
-        stems[name] if shared[stems[name]] == 1 and stems[name] not in taken else name for name in names
-    ]
+    return [stems[name] if shared[stems[name]] == 1 and stems[name] not in taken else name for name in names]
 
 
 def no_images(path: Path) -> DataError:

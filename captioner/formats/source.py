@@ -479,7 +479,9 @@ def _cell(value: Any, home: Path) -> bytes | Path | None:
         value = data if data is not None else value.get("path")
     if value is None or isinstance(value, bytes):
         return value
-    if isinstance(value, str) and value.rpartition("::")[2].startswith("hf://"):  # an image of a streamed data set of the hub
+    if isinstance(value, str) and value.rpartition("::")[2].startswith(
+        "hf://"
+    ):  # an image of a streamed data set of the hub
         import fsspec
 
         with fsspec.open(value, "rb") as file:
