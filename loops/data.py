@@ -1,7 +1,7 @@
 """captioner data stats SOURCE | convert CAPTIONS --to FORMAT --out OUTPUT | filter CAPTIONS --out OUTPUT.
 
-CAPTIONS is what ``captioner caption --out`` wrote; ``stats`` takes that or any data set that can be captioned.
-docs/formats.md names what is read and written.
+CAPTIONS is what ``captioner caption --out`` wrote; ``stats`` takes that or any data set that can be
+captioned. docs/formats.md names what is read and written.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def run(config: Config, args: argparse.Namespace) -> int:
         print(f"  {count:,} {reason}")
     if skipped.total() > config.max_failed * (written + skipped.total()):
         raise Refused(
-            f"{skipped.total():,} captions could not be written, more than max_failed = {config.max_failed:.1%}",
+            f"{skipped.total():,} captions were not written, more than max_failed = {config.max_failed:.1%}",
             where=str(args.out),
             mend="the others are written: see the reasons, or allow more with --max-failed",
         )

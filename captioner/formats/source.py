@@ -22,8 +22,8 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain, islice
 from pathlib import Path, PurePosixPath
@@ -293,7 +293,7 @@ def _read_tar(shard: ShardRef) -> Iterator[Item]:
         yield Item(shard.name, None, error=damage)
 
 
-def _samples(tar: tarfile.TarFile) -> Iterator[Item]:
+def _samples(tar: tarfile.TarFile) -> Generator[Item, None, str | None]:
     """The samples of a tar: adjacent members with one key. Returns what is wrong with the tar, or None."""
     key, parts = None, _Sample()
     damage = None
@@ -302,7 +302,7 @@ def _samples(tar: tarfile.TarFile) -> Iterator[Item]:
             member = tar.next()
             if member is None:
                 break
-            tar.members.clear()  # tarfile would keep every header
+            tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep every header
             problem = _problem(member)
             if problem:
                 yield Item(member.name, None, error=problem)
@@ -392,7 +392,7 @@ def _problem(member: tarfile.TarInfo) -> str | None:
 
 
 def _split(name: str) -> tuple[str, str]:
-    """(key, extension) as webdataset has them: cut at the first dot of the base name; ("", "") for neither."""
+    """(key, extension) as webdataset has them: cut at the base name's first dot; ("", "") for neither."""
     folder, slash, base = name.rpartition("/")
     stem, dot, extension = base.partition(".")
     return (folder + slash + stem, extension) if stem and dot else ("", "")
@@ -479,10 +479,8 @@ def _cell(value: Any, home: Path) -> bytes | Path | None:
         value = data if data is not None else value.get("path")
     if value is None or isinstance(value, bytes):
         return value
-    if isinstance(value, str) and value.rpartition("::")[2].startswith(
-        "hf://"
-    ):  # an image of a streamed data set of the hub
-        import fsspec
+    if isinstance(value, str) and value.rpartition("::")[2].startswith("hf://"):  # streamed from the hub
+        import fsspec  # type: ignore[import-untyped]
 
         with fsspec.open(value, "rb") as file:
             return file.read(MAX_BYTES + 1)

@@ -44,7 +44,7 @@ Skipped = Counter  # reason -> images
 
 @dataclass(frozen=True)
 class Captioned:
-    """An image with its caption, one line, and the same caption within each token budget (None: none fits)."""
+    """An image with its caption, one line, and that caption within each token budget (None: none fits)."""
 
     row: CaptionRow
     caption: str
@@ -172,7 +172,7 @@ def _place(row: Captioned, folder: Path, skipped: Skipped[str], sidecar: str = "
 
 
 def imagefolder(rows: Iterator[Captioned], out: Path, skipped: Skipped[str]) -> int:
-    """Images and ``metadata.jsonl`` with ``file_name`` and ``text``: `datasets` loads it as an imagefolder."""
+    """Images and ``metadata.jsonl`` with ``file_name`` and ``text``, which `datasets` loads."""
     count = 0
     with (out / "metadata.jsonl").open("w", encoding="utf-8") as file:
         for row in rows:
