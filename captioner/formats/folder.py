@@ -9,11 +9,13 @@ Out: Parquet shards of caption rows, and from them one JSON Lines file or one te
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -33,6 +35,12 @@ IMAGE_SUFFIXES = frozenset(
 )
 CAPTION_SUFFIXES = (".txt", ".caption")
 METADATA = ("metadata.parquet", "metadata.jsonl", "metadata.csv")
+NO_SUCH_NAME = {
+    errno.EEXIST: "a file and a folder want the same name",
+    errno.ENOTDIR: "a file and a folder want the same name",
+    errno.EISDIR: "a file and a folder want the same name",
+    errno.ENAMETOOLONG: "the key is too long for a file name",
+}
 COLUMNS = ("file_name", "text", "prose", "facts", "questions")
 
 
@@ -146,12 +154,17 @@ def write_sidecar(folder: Path, key: str, caption: str, suffix: str = ".txt") ->
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(one_line(caption), encoding="utf-8")
         os.replace(temporary, path)
-    except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
+    except OSError as error:
+        if error.errno not in NO_SUCH_NAME:
+            raise
         raise DataError(
-            "a file and a folder want the same name",
+            NO_SUCH_NAME[error.errno],
             where=str(path),
             mend="choose another format, or rename the image or its folder",
         ) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def one_line(caption: str) -> str:

@@ -23,6 +23,7 @@ import os
 import re
 import tarfile
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain, islice
@@ -596,22 +597,18 @@ def _stream(name: str, split: str | None) -> tuple[str, Any]:
         return chosen, found[chosen].with_format("arrow")
 
 
-class _loading:
+@contextmanager
+def _loading(where: str) -> Iterator[None]:
     """A boundary: `datasets` raises errors of many libraries for a data set that is not there or broken."""
-
-    def __init__(self, where: str):
-        self.where = where
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, Exception) and not isinstance(error, DataError):
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
-            raise DataError(
-                f"not a data set that can be loaded: {reason}",
-                where=self.where,
-                mend="hf:PATH_OR_NAME[:SPLIT]",
-            ) from error
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise DataError(
+            f"not a data set that can be loaded: {reason}", where=where, mend="hf:PATH_OR_NAME[:SPLIT]"
+        ) from error
 
 
 def _choose(split: str | None, splits: list[str], where: str) -> str:

@@ -7,7 +7,6 @@ what cannot be written as the layout demands is skipped with its reason, never r
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import io
 import json
@@ -26,7 +25,7 @@ from typing import Any
 from PIL import Image
 
 from captioner.errors import DataError
-from captioner.formats.folder import json_line, one_line, sidecar_path
+from captioner.formats.folder import NO_SUCH_NAME, json_line, one_line, sidecar_path
 from captioner.formats.source import BATCH, open_source, read_shard
 from captioner.records import CaptionRow
 from captioner.views import FORMATS, BadImage, read_bytes
@@ -162,12 +161,10 @@ def _place(row: Captioned, folder: Path, skipped: Skipped[str], sidecar: str = "
         skipped["another image has its file name"] += 1
     except DataError:
         skipped["its key leads out of the folder"] += 1
-    except (FileExistsError, NotADirectoryError, IsADirectoryError):
-        skipped["a file and a folder want the same name"] += 1
     except OSError as error:
-        if error.errno != errno.ENAMETOOLONG:
+        if error.errno not in NO_SUCH_NAME:
             raise
-        skipped["its key is too long for a file name"] += 1
+        skipped[NO_SUCH_NAME[error.errno]] += 1
     return None
 
 
@@ -296,7 +293,7 @@ def webdataset(rows: Iterator[Captioned], out: Path, skipped: Skipped[str]) -> i
 
 def parquet(rows: Iterator[Captioned], out: Path, skipped: Skipped[str]) -> int:
     """Shards with ``image`` as ``{bytes, path}``: `datasets` loads them with decoded images."""
-    return sum(_write_table(_with_image(shard), out / f"{n:05d}.parquet") for n, shard in _shards(rows))
+    return sum(_write_table(_with_image(shard), out / f"part-{n:05d}.parquet") for n, shard in _shards(rows))
 
 
 def hf(rows: Iterator[Captioned], out: Path, skipped: Skipped[str]) -> int:
