@@ -16,6 +16,7 @@ import numpy as np
 
 from captioner.config import Config
 from captioner.errors import ConfigError, DataError, Refused
+from captioner.formats import SCENES, resolve
 from captioner.formats.folder import (
     caption_shards,
     read_captions,
@@ -107,9 +108,12 @@ def _convert(args: argparse.Namespace, skipped: Counter[str]) -> int:
     if args.images is None:
         mend = f"captioner data convert {args.folder} --to {args.to} --out {args.out} --images SOURCE"
         raise ConfigError(f"{args.to} holds the images, too", where="--images", mend=mend)
+    images = args.images
+    if images.startswith(SCENES):  # which `caption` rendered into its output
+        images = str(resolve(images, cache=Path(args.folder) / ".scenes"))
     with atomic_dir(args.out) as part:
         index = part / ".captions.sqlite"
-        joined = join(rows, args.images, lengths, skipped, index)
+        joined = join(rows, images, lengths, skipped, index)
         count = layouts(args.out.resolve())[args.to](joined, part, skipped)
         index.unlink()
         return count

@@ -65,6 +65,25 @@ def special(name: str, kind: bytes, target: str = "") -> tarfile.TarInfo:
     return info
 
 
+def memory_of_reading(path: Path) -> tuple[int, int]:
+    """(images, kilobytes that reading them adds to the peak of a process) of the one shard in ``path``."""
+    code = (
+        "import sys, pyarrow.parquet\n"
+        "from captioner.formats.source import open_source, read_shard\n"
+        "def peak():\n"
+        "    [line] = [line for line in open('/proc/self/status') if line.startswith('VmHWM')]\n"
+        "    return int(line.split()[1])\n"
+        "[shard] = open_source(sys.argv[1])\n"
+        "before = peak()\n"
+        "print(sum(item.error is None for item in read_shard(shard)), peak() - before)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(path)], check=True, capture_output=True, text=True, timeout=240
+    )
+    count, kilobytes = map(int, done.stdout.split())
+    return count, kilobytes
+
+
 # ---------------------------------------------------------------- folders and lists
 
 
@@ -293,6 +312,7 @@ def test_headers_upon_headers(tmp_path: Path) -> None:
     assert good(items) == ["a"] and "damaged" in bad(items)["y.tar"]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_hundred_thousand_members_in_little_memory(tmp_path: Path) -> None:
     path = tmp_path / "x.tar"
     header = tarfile.TarInfo("000000.png")
@@ -302,18 +322,7 @@ def test_a_hundred_thousand_members_in_little_memory(tmp_path: Path) -> None:
             header.name = f"{i:06d}.png"
             file.write(header.tobuf(tarfile.USTAR_FORMAT) + b"x".ljust(512, b"\0"))
         file.write(b"\0" * 1024)
-    code = (
-        "import resource, sys\n"
-        "from captioner.formats.source import open_source, read_shard\n"
-        "[shard] = open_source(sys.argv[1])\n"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "count = sum(item.error is None for item in read_shard(shard))\n"
-        "print(count, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(path)], check=True, capture_output=True, text=True, timeout=120
-    )
-    count, kilobytes = map(int, done.stdout.split())
+    count, kilobytes = memory_of_reading(path)
     assert count == 100_000 and kilobytes < 40_000  # the keys; headers kept would be 200 MB
 
 
@@ -429,3 +438,25 @@ def test_hf_streamed(tmp_path: Path, folder: Path) -> None:
     (folder / "sub/a.jpg.caption").unlink()  # which `datasets` would take for an image
     items = read(f"hf:{folder}")  # as an imagefolder
     assert len(items) == 5 and all(isinstance(i.image, Path) and i.image.is_file() for i in items)
+
+
+def test_images_of_the_hub_are_fetched_and_others_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    import fsspec
+
+    asked = []
+    monkeypatch.setattr(fsspec, "open", lambda path, mode: asked.append(path) or io.BytesIO(b"remote"))
+    paths = ("hf://d/a.png", "zip://a.png::hf://d/b", "http://x/y")
+    kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    batch = pa.table({"image": pa.array([{"path": path} for path in paths], kind)})
+    columns = source._columns(batch.schema, "x")
+    items = [source._row(batch, i, columns, str(i), Path("/")) for i in range(3)]
+    assert [i.image for i in items] == [b"remote", b"remote", None]
+    assert asked == ["hf://d/a.png", "zip://a.png::hf://d/b"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_large_row_group_is_not_held_in_memory(tmp_path: Path) -> None:
+    images = pa.array([os.urandom(200_000) for _ in range(300)], pa.binary())
+    path = table(tmp_path / "x.parquet", {"image": images}, row_group_size=300, write_batch_size=8)
+    count, kilobytes = memory_of_reading(path)
+    assert count == 300 and kilobytes < 30_000  # the row group has 60 MB

@@ -1,4 +1,4 @@
-"""What is written is read back by those who read it: datasets, webdataset, pandas, DuckDB, the layouts' rules."""
+"""What is written is read back by datasets, webdataset, pandas, DuckDB and by the layouts' own rules."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from captioner.errors import ConfigError
-from captioner.formats import writers
+from captioner.formats import resolve, writers
 from captioner.formats.budget import counter, fit
 from captioner.formats.folder import read_captions, read_folder
 from captioner.formats.source import open_source, read_shard
@@ -295,7 +295,8 @@ def test_hostile_keys_write_nothing_outside(tmp_path: Path, capsys: pytest.Captu
         count, skipped = int(line.split()[0]), int(line.split()[2])
         assert count + skipped == 9 and skipped == sum(int(reason.split()[0]) for reason in reasons)
         if form == "webdataset":
-            names = tarfile.open(out / "00000.tar").getnames()
+            with tarfile.open(out / "00000.tar") as tar:
+                names = tar.getnames()
             assert not any(name.startswith("/") or ".." in name.split("/") for name in names)
 
 
@@ -316,6 +317,19 @@ def test_convert_wants_images_and_captions(
     assert cli.main(words[:-2]) == 2 and "--out" in capsys.readouterr().err
     assert convert((images, images), "hf", tmp_path / "out") == 2
     assert "no caption rows" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert convert((images, images), "jsonl", tmp_path / "out") == 2
+    assert {path.name for path in tmp_path.iterdir()} == {"images", "captions"}
+
+
+def test_scenes_are_found_again(tmp_path: Path) -> None:
+    """`captioner caption scenes:…` renders into its output; the same name finds them there."""
+    captions = tmp_path / "captions"
+    images = read_folder(resolve("scenes:test:2", cache=captions / ".scenes"))
+    rows = [caption_row(image.key, image.path.read_bytes(), "a scene") for image in images]
+    Shards(captions, CaptionRow).write(0, rows)
+    words = ["data", "convert", str(captions), "--to", "parquet", "--out", str(tmp_path / "out")]
+    assert cli.main([*words, "--images", "scenes:test:2"]) == 0
+    assert len(pandas.read_parquet(tmp_path / "out")) == 2
 
 
 # ---------------------------------------------------------------- filter and stats

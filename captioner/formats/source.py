@@ -517,7 +517,8 @@ def _read_parquet(shard: ShardRef) -> Iterator[Item]:
 
     path = Path(shard.location)
     try:
-        file = pq.ParquetFile(path, buffer_size=1 << 20)  # without it, whole column chunks are in memory
+        # so that a page is in memory at once, not the column of a row group
+        file = pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
         sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
         schema = file.schema_arrow
     except (OSError, pa.ArrowException) as error:

@@ -354,7 +354,7 @@ def _write_table(rows: Iterable[dict[str, Any]], path: Path, group: int = ROW_GR
     tables = _tables(rows)
     while chunk := list(islice(tables, group // BATCH)):
         table = pa.concat_tables(chunk)
-        writer = writer or pq.ParquetWriter(path, table.schema)
+        writer = writer or pq.ParquetWriter(path, table.schema, write_batch_size=BATCH)  # pages to stream
         writer.write_table(table)
         count += len(table)
     if writer:
