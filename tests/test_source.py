@@ -226,6 +226,7 @@ def test_hostile_members(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         for name, kind in (("c", tarfile.CHRTYPE), ("b", tarfile.BLKTYPE), ("f", tarfile.FIFOTYPE)):
             file.addfile(special(f"{name}.jpg", kind))
         file.addfile(special("dir.jpg", tarfile.DIRTYPE))
+        file.addfile(special("s.jpg", tarfile.GNUTYPE_SPARSE))
         add("same.jpg", png(1))
         add("same.png", png(2))
         add("big.jpg", b"x" * 1001)
@@ -246,6 +247,7 @@ def test_hostile_members(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         ("c.jpg", "not a plain file"),
         ("b.jpg", "not a plain file"),
         ("f.jpg", "not a plain file"),
+        ("s.jpg", "not a plain file"),
         ("same", "another image of the sample"),
         ("same", "another image of this shard has the same key"),
         ("big", "file too large"),
