@@ -83,14 +83,23 @@ def split_statements(caption: str) -> list[str]:
     "1,000") and after abbreviations do not. A quotation mark or bracket that never closes protects nothing.
     """
     caption = _BULLET.sub("", caption)
-    parts, start = [], 0
-    for match in _SPLIT.finditer(caption):
-        if match["end"]:
-            parts.append(caption[start : match.start()])
-            start = match.end()
-    parts.append(caption[start:])
-    stripped = (" ".join(part.split()).strip(_EDGES) for part in parts)
-    return [part for part in stripped if any(map(str.isalnum, part))]
+    parts = (caption[start:stop] for start, stop, _ in statement_spans(caption))
+    return [" ".join(part.split()).strip(_EDGES) for part in parts]
+
+
+def statement_spans(caption: str) -> list[tuple[int, int, int]]:
+    """(start, stop, end) of every statement: without the space around it; up to ``end`` with the mark that
+    ends its sentence, if one does."""
+    spans, start = [], 0
+    ends = [(match.start(), match.end()) for match in _SPLIT.finditer(caption) if match["end"]]
+    for stop, after in [*ends, (len(caption), len(caption))]:
+        text = caption[start:stop]
+        if any(map(str.isalnum, text)):
+            begin, end = start + len(text) - len(text.lstrip()), start + len(text.rstrip())
+            ends_sentence = caption[stop:after].strip(",;\n，、；")
+            spans.append((begin, end, after if ends_sentence else end))
+        start = after
+    return spans
 
 
 def is_one_statement(text: str) -> bool:

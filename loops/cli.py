@@ -107,7 +107,13 @@ COMMANDS: dict[str, Command] = {
         (_CURRENT,),
         ("{out}",),
     ),
-    "data": Command("loops.data", "look at and check an image folder", (), ("{folder}",)),
+    "data": Command(
+        "loops.data",
+        "look at a data set, convert captions to other formats, filter them",
+        (),
+        ("{folder}", "{images}"),
+        ("{out}",),
+    ),
     "scenes": Command("loops.scenes", "render the procedural data set"),
     "study": Command("loops.study", "a claim of the method as a table over seeds, on the scenes"),
     "demo": Command(

@@ -411,8 +411,8 @@ def test_stats_and_convert(
     assert "rows       11" in capsys.readouterr().out
     assert cli.main(["data", "convert", str(out), "--out", str(tmp_path / "c.jsonl")]) == 0
     assert len((tmp_path / "c.jsonl").read_text(encoding="utf-8").splitlines()) == 11
-    assert cli.main(["data", "convert", str(out), "--format", "txt", "--out", str(tmp_path / "texts")]) == 0
+    assert cli.main(["data", "convert", str(out), "--to", "txt", "--out", str(tmp_path / "texts")]) == 0
     assert len(files(tmp_path / "texts")) == 10
-    assert cli.main(["data", "convert", str(out), "--format", "txt", "--out", str(tmp_path / "texts")]) == 2
+    assert cli.main(["data", "convert", str(out), "--to", "txt", "--out", str(tmp_path / "texts")]) == 2
     assert cli.main(["data", "convert", str(images), "--out", str(tmp_path / "d.jsonl")]) == 2
     assert not (tmp_path / "d.jsonl").exists()

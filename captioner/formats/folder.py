@@ -9,11 +9,13 @@ Out: Parquet shards of caption rows, and from them one JSON Lines file or one te
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -33,6 +35,12 @@ IMAGE_SUFFIXES = frozenset(
 )
 CAPTION_SUFFIXES = (".txt", ".caption")
 METADATA = ("metadata.parquet", "metadata.jsonl", "metadata.csv")
+NO_SUCH_NAME = {
+    errno.EEXIST: "a file and a folder want the same name",
+    errno.ENOTDIR: "a file and a folder want the same name",
+    errno.EISDIR: "a file and a folder want the same name",
+    errno.ENAMETOOLONG: "the key is too long for a file name",
+}
 COLUMNS = ("file_name", "text", "prose", "facts", "questions")
 
 
@@ -55,14 +63,23 @@ def read_folder(path: Path, *, captions: bool = True) -> list[ImageRow]:
     folders are passed over. ``captions=False`` reads no caption file. Raises :class:`DataError` for a missing
     or empty folder, unreadable caption files, and rows that name an image twice or one that is not there.
     """
-    names = _image_names(path)
-    rows = _metadata(path, set(names)) if captions else {}
+    pairs = list(walk_images(path))
+    if not pairs:
+        raise no_images(path)
+    for _, name in pairs:
+        try:
+            name.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise DataError(
+                "a file name is not UTF-8", where=f"{path}: {name!r}", mend="rename the file"
+            ) from error
+    rows = _metadata(path, {name for _, name in pairs}) if captions else {}
     images = []
-    for key, name in _keys(names, path):
+    for key, name in pairs:
         row = rows.get(name, {})
         caption = row.get("text")
         if captions and caption is None:
-            caption = _sidecar(path / key)
+            caption = sidecar(path / key)
         images.append(
             ImageRow(key, path / name, caption, row.get("prose"), row.get("facts"), row.get("questions"))
         )
@@ -88,18 +105,34 @@ def caption_shards(path: Path) -> list[Path]:
     return sorted(shards, key=lambda shard: int(shard.stem))
 
 
-def write_jsonl(rows: Iterable[CaptionRow], path: Path) -> int:
-    """Write one JSON object per row, failures included, and publish the file by rename. Returns the count."""
+def write_jsonl(
+    rows: Iterable[CaptionRow], path: Path, more: Callable[[CaptionRow], dict[str, Any]] = lambda row: {}
+) -> int:
+    """Write one JSON object per row, failures included, and publish the file by rename. Returns the count.
+
+    ``more`` gives further fields of a row.
+    """
     count = 0
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(row.model_dump(), ensure_ascii=False) + "\n")
-            count += 1
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            for row in rows:
+                file.write(json_line(row.model_dump() | more(row)))
+                count += 1
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
     return count
+
+
+def json_line(values: dict[str, Any]) -> str:
+    """A line of a JSON Lines file; no reader takes a character inside it for a line's end."""
+    text = json.dumps(values, ensure_ascii=False)
+    for character in "\x85\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text + "\n"
 
 
 def write_sidecars(rows: Iterable[CaptionRow], folder: Path) -> int:
@@ -110,80 +143,97 @@ def write_sidecars(rows: Iterable[CaptionRow], folder: Path) -> int:
     """
     count = 0
     for row in rows:
-        if row.caption is None:
-            continue
-        path = sidecar_path(folder, row.key)
-        temporary = path.with_name(".sidecar.tmp")  # short: the longest file name has no room for more
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(" ".join(row.caption.split()), encoding="utf-8")
-            os.replace(temporary, path)
-        except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
-            raise DataError(
-                "a file and a folder want the same name",
-                where=str(path),
-                mend="choose another --format, or rename the image or its folder",
-            ) from error
-        count += 1
+        if row.caption is not None:
+            write_sidecar(folder, row.key, row.caption)
+            count += 1
     return count
 
 
-def sidecar_path(folder: Path, key: str) -> Path:
-    """Where the caption of ``key`` is written; :class:`DataError` if that lies outside ``folder``."""
+def write_sidecar(folder: Path, key: str, caption: str, suffix: str = ".txt") -> None:
+    """Write one caption file and publish it by rename; errors as :func:`write_sidecars`."""
+    path = sidecar_path(folder, key, suffix)
+    temporary = path.with_name(".sidecar.tmp")  # short: the longest file name has no room for more
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(one_line(caption), encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.errno not in NO_SUCH_NAME:
+            raise
+        raise DataError(
+            NO_SUCH_NAME[error.errno],
+            where=str(path),
+            mend="choose another format, or rename the image or its folder",
+        ) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def one_line(caption: str) -> str:
+    """The caption with every run of white space, line breaks of any script included, as one space."""
+    return " ".join(caption.split())
+
+
+def sidecar_path(folder: Path, key: str, suffix: str = ".txt") -> Path:
+    """Where a file of ``key`` is written; :class:`DataError` if that lies outside ``folder``."""
     name = PurePosixPath(key)
     if name.parts and not name.is_absolute() and ".." not in name.parts and "\0" not in key:
-        path = folder / name.with_name(f"{name.name}.txt")
+        path = folder / name.with_name(f"{name.name}{suffix}")
         if path.parent.resolve().is_relative_to(folder.resolve()):  # a linked folder may lead out, too
             return path
     raise DataError(f"the key {key!r} leads out of the folder", where=str(folder))
 
 
-def _image_names(path: Path) -> list[str]:
-    """Relative posix paths of the images below ``path``."""
+def walk_images(path: Path) -> Iterator[tuple[str, str]]:
+    """(key, relative path) of every image below ``path``, folder after folder, sorted inside each.
+
+    Only the names of one folder are in memory. Raises :class:`DataError` for a folder that cannot be listed.
+    """
     if not path.is_dir():
         what = "not a folder" if path.exists() else "no such folder"
         raise DataError(what, where=str(path), mend="name a folder of images, or scenes:SPLIT:COUNT")
-    names = []
-    for directory, folders, files in os.walk(path):
+
+    def unreadable(error: OSError) -> None:
+        raise DataError(f"cannot be listed: {error.strerror}", where=str(error.filename)) from error
+
+    for directory, folders, files in os.walk(path, onerror=unreadable):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for file in files:
-            if not file.startswith(".") and Path(file).suffix.lower() in IMAGE_SUFFIXES:
-                names.append((Path(directory) / file).relative_to(path).as_posix())
-    if not names:
-        raise DataError(
-            "no images in this folder",
-            where=str(path),
-            mend=f"image files end in one of {' '.join(sorted(IMAGE_SUFFIXES))}",
-        )
-    for name in names:
-        try:
-            name.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise DataError(
-                "a file name is not UTF-8", where=f"{path}: {name!r}", mend="rename the file"
-            ) from error
-    return names
+        prefix = "" if directory == str(path) else f"{Path(directory).relative_to(path).as_posix()}/"
+        names = [prefix + name for name in sorted(files) if not name.startswith(".") and is_image_name(name)]
+        yield from zip(image_keys(names), names, strict=True)
 
 
-def _keys(names: list[str], path: Path) -> list[tuple[str, str]]:
-    """(key, name) of every image: the name without its extension, or with it where two would be one."""
-    stems = [str(PurePosixPath(name).with_suffix("")) for name in names]
-    shared = Counter(stems)
-    pairs = [(stem if shared[stem] == 1 else name, name) for stem, name in zip(stems, names, strict=True)]
-    for key, times in Counter(key for key, _ in pairs).items():
-        if times > 1:
-            raise DataError(
-                f"two images have the key {key!r}", where=str(path), mend="rename one of the files"
-            )
-    return pairs
+def is_image_name(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
 
 
-def _sidecar(stem: Path) -> str | None:
+def image_keys(names: Sequence[str]) -> list[str]:
+    """A key for each name: without its extension, or whole where that is another's name or key, too."""
+    taken = set(names)
+    stems = {name: os.path.splitext(name)[0] if is_image_name(name) else name for name in taken}
+    shared = Counter(stems.values())
+    return [stems[name] if shared[stems[name]] == 1 and stems[name] not in taken else name for name in names]
+
+
+def no_images(path: Path) -> DataError:
+    return DataError(
+        "no images in this folder",
+        where=str(path),
+        mend=f"image files end in one of {' '.join(sorted(IMAGE_SUFFIXES))}",
+    )
+
+
+def sidecar(stem: Path, errors: str = "strict") -> str | None:
+    """The caption in ``STEM.txt`` or ``STEM.caption``, None if there is neither.
+
+    ``errors`` as in ``open``. Raises :class:`DataError` for a file that cannot be read.
+    """
     for suffix in CAPTION_SUFFIXES:
         path = stem.with_name(stem.name + suffix)
-        if path.is_file():
+        if os.path.isfile(path):  # also false for a name too long to be one
             try:
-                return path.read_text(encoding="utf-8").strip()
+                return path.read_text(encoding="utf-8", errors=errors).strip()
             except (OSError, UnicodeDecodeError) as error:
                 raise DataError(
                     f"caption file cannot be read: {error}", where=str(path), mend="save it as UTF-8"
