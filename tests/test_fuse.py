@@ -152,9 +152,9 @@ def test_one_tower_alone(family: str, widths: tuple[int, int], tmp_path: Path) -
 def test_full_tuning_just_writes(tmp_path: Path) -> None:
     captioner = tiny_captioner()
     shake(captioner)
-    fuse.export(captioner, tmp_path / "out", adapter=None, card={"stage": "sft", "loss": 0.5})
+    fuse.export(captioner, tmp_path / "out", adapter=None, card={"Metrics": {"loss": 0.5}})
     assert torch.equal(logits(model.load(tmp_path / "out")), logits(captioner))
-    assert '"loss": 0.5' in (tmp_path / "out" / "README.md").read_text()
+    assert "| loss | 0.5 |" in (tmp_path / "out" / "README.md").read_text()
     assert "soft_prompt_ids" not in json.loads((tmp_path / "out" / "config.json").read_text())["captioner"]
 
 
@@ -269,7 +269,8 @@ def test_ratio_gives_every_width(hidden: int) -> None:
 
 
 def arguments(**given: object) -> argparse.Namespace:
-    return argparse.Namespace(**{"run_dir": Path("none"), "redo": False, "adapter": None} | given)
+    flags = {"run_dir": Path("none"), "redo": False, "adapter": None, "multiple": 1, "verify": False}
+    return argparse.Namespace(**flags | given)
 
 
 def test_export_command_fuses_an_adapter_folder(tmp_path: Path) -> None:
