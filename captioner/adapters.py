@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import types
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -376,13 +377,14 @@ def _add_lora(captioner: Captioner, tuning: LoraTuning, name: str, seed: int) ->
     ]
     config: peft.PeftConfig
     if tuning.method == "vera":
-        config = peft.VeraConfig(
-            r=tuning.rank,
-            target_modules=names,
-            vera_dropout=tuning.dropout,
-            projection_prng_key=seed,
-            save_projection=False,
-        )
+        with warnings.catch_warnings(action="ignore"):  # that the matrices are made again from the seed
+            config = peft.VeraConfig(
+                r=tuning.rank,
+                target_modules=names,
+                vera_dropout=tuning.dropout,
+                projection_prng_key=seed,
+                save_projection=False,
+            )
     else:
         config = peft.LoraConfig(
             r=tuning.rank,
@@ -453,12 +455,13 @@ def _units(captioner: Captioner) -> Iterator[tuple[str, str, Any]]:
 
 
 def _parameters(captioner: Captioner) -> dict[str, nn.Parameter]:
-    """What trains beside the soft prompt; names do not depend on how `adapters` nests its units."""
+    """What trains beside the soft prompt; no name depends on the adapter's or on how units are nested."""
     if captioner.tuning["type"] == "adapters":
         units = {block: unit for block, _, unit in _units(captioner)}
         return {f"{block}.{key}": p for block, unit in units.items() for key, p in unit.named_parameters()}
+    own = captioner.tuning["name"]
     return {
-        key: p
+        ".".join(part for part in key.split(".") if part != own): p
         for key, p in captioner.model.named_parameters()
         if p.requires_grad and not key.endswith(".soft")
     }

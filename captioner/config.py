@@ -101,7 +101,6 @@ class TrainingConfig(Section):
 
 
 Part = Literal["merger", "vision", "language", "head", "embeddings"]
-Layers = Annotated[tuple[int, ...], Field(min_length=1)] | None
 
 
 class AdapterTuning(Section):
@@ -111,9 +110,9 @@ class AdapterTuning(Section):
     """Inner units of the adapter of each vision layer; 0 = none there."""
     language_width: int = Field(64, ge=0)
     """Inner units of the adapter of each language layer; 0 = none there."""
-    vision_layers: Layers = None
+    vision_layers: tuple[int, ...] | None = Field(None, min_length=1)
     """Numbers of the vision layers that get one, from 0 or, counted from the end, -1; None = all."""
-    language_layers: Layers = None
+    language_layers: tuple[int, ...] | None = Field(None, min_length=1)
     """Numbers of the language layers that get one, from 0 or, counted from the end, -1; None = all."""
     placement: Literal["parallel", "sequential"] = "parallel"
     """`parallel` fuses into a stock checkpoint; `sequential` is the classic kind and cannot be exported."""
