@@ -100,7 +100,7 @@ def test_loss_is_cross_entropy_of_the_answers(rows: list[ImageRow], tmp_path: Pa
     total, tokens = torch.zeros(()), 0
     order = train.Order(len(rows), 0)
     for position in (2, 3):  # batch 1: all views
-        _, grid = renderer.patches_batch([collator._image(order(position))])[0]
+        patches, grid = renderer.patches_batch([collator._image(order(position))])[0]
         for target in collator._targets(order(position), position):
             row = render.TrainRow(patches, grid, False, [renderer.branch_ids(target.text, target.answer)])
             single = render.collate(renderer, [row])
