@@ -42,6 +42,7 @@ def launch(count: int, device: str) -> int:
         port = free.getsockname()[1]
     world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
     world |= {"LOCAL_WORLD_SIZE": str(count)}
+    world |= {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # a batch of questions alone leaves the soft prompt unused
     ranks: list[subprocess.Popen[bytes]] = []
     said: list[IO[bytes]] = []
     try:
