@@ -576,6 +576,7 @@ def _train(
         log.advance = bar.advance
         trainer = make_trainer(kind, captioner, collator, args, log)
         log.trainer = trainer
+        _raise_precision(captioner.model)  # beside 4-bit weights TRL makes what trains bfloat16
         if isinstance(collator, PairCollator):
             collator.reference = _reference(trainer, pairs, out, resumed=last is not None)
         if last:
@@ -679,9 +680,7 @@ def _precise(captioner: Captioner) -> Iterator[None]:
     _check_precision(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
     dtypes = [p.dtype for p in parameters]
-    for p in parameters:
-        if p.dtype in (torch.bfloat16, torch.float16):
-            p.data = p.data.float()
+    _raise_precision(model)
     try:
         yield
     finally:
@@ -693,6 +692,12 @@ def _precise(captioner: Captioner) -> Iterator[None]:
         if model.is_gradient_checkpointing:
             model.gradient_checkpointing_disable()
         model.eval()
+
+
+def _raise_precision(model: torch.nn.Module) -> None:
+    for p in model.parameters():
+        if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16):
+            p.data = p.data.float()
 
 
 def _check_precision(model: torch.nn.Module) -> None:

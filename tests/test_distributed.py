@@ -15,6 +15,7 @@ from captioner import distributed
 from captioner.config import Config, load
 from captioner.errors import ConfigError
 from loops import sft
+from loops.cli import main
 from tests.tiny import tiny_checkpoint
 
 FIELDS = {
@@ -108,3 +109,11 @@ def test_fewer_gpus_than_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="--gpus 3, and there are 1") as caught:
         distributed.launch(3, "auto")
     assert caught.value.mend == "--gpus 1"
+
+
+def test_other_commands_refuse_several_processes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["qa", "--round", "1"]) == 2
+    assert "captioner qa runs in one process" in capsys.readouterr().err
