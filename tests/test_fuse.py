@@ -322,6 +322,7 @@ def test_export_command_verifies_and_tells_of_the_training(
         "sft.validation": "none",
         "sft.tuning.type": "lora",
         "sft.tuning.parts": "merger",
+        "sft.training.log_steps": "1",
         "sft.soft_prompt.length": "2",
         "sft.training.steps": "2",
         "sft.training.batch_size": "1",
