@@ -58,9 +58,8 @@ def run(config: Config, args: argparse.Namespace) -> int:
     else:
         source = Run.open(args.run_dir, config, create=False).newest_captioner()
     dtype = config.model.dtype if config.model.dtype != "auto" else model.stored_dtype(source)
-    captioner = model.load(
-        config.model.model_copy(update={"path": str(source), "dtype": dtype, "device": "cpu"})
-    )
+    stored = {"path": str(source), "dtype": dtype, "device": "cpu", "load_in_4bit": False}
+    captioner = model.load(config.model.model_copy(update=stored))
     name = None
     if args.adapter and (args.adapter / adapters.CONFIG_FILE).is_file():
         name = "captioner"
@@ -106,7 +105,8 @@ def _history(made: Path) -> dict[str, Any]:
         scores = json.loads(evaluation.read_text(encoding="utf-8"))
         for one in scores["captioners"]:
             if (made / "captioner").resolve() == Path(one["checkpoint"]).resolve():
-                values = {key: interval["value"] for key, interval in one["metrics"].items()}
+                scored = {key: interval["value"] for key, interval in one["metrics"].items()}
+                values = {key: value for key, value in scored.items() if value is not None}  # undefined
                 found[f"Metrics on {scores['data']}"] = values
     return found
 
