@@ -638,6 +638,7 @@ def _arguments(captioner: Captioner, training: TrainingConfig, out: Path) -> dic
         if importlib.util.find_spec(tracker) is None:
             where, mend = "training.report_to", f"pip install {tracker}, or leave it out"
             raise ConfigError(f"{tracker} is not installed", where=where, mend=mend)
+    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)  # transformers leaves the last training's choice there
     return {
         "output_dir": str(out / "checkpoints"),
         "max_steps": training.steps,
