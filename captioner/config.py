@@ -33,6 +33,8 @@ class ModelConfig(Section):
     """Number format of the weights; `auto` = bfloat16 on CUDA, float32 elsewhere."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where the model runs; `auto` = CUDA if there is one, then MPS, then CPU."""
+    load_in_4bit: bool = False
+    """Hold the frozen base in 4 bits (NF4, bitsandbytes, CUDA) while adapters or LoRA train on it."""
 
 
 class ViewsConfig(Section):
@@ -88,29 +90,76 @@ class TrainingConfig(Section):
     """Steps between resumable checkpoints."""
     log_steps: int = Field(10, ge=1)
     """Steps between lines of metrics.jsonl."""
+    patience: int = Field(0, ge=0)
+    """Validation losses (one per `save_steps`) without a new best that stop the training; 0 = off."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass: less memory, about a third more time."""
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Trackers that get the metrics beside metrics.jsonl; each must be installed."""
     seed: int = 0
     """Seed of data order, initial weights and dropout."""
 
 
+Part = Literal["merger", "vision", "language", "head", "embeddings"]
+
+
 class AdapterTuning(Section):
     type: Literal["adapters"] = "adapters"
-    """What is trained: `adapters` in a frozen base, or `full` for every weight."""
+    """What is trained: `adapters`, `lora` or named `parts` of a frozen base, or `full` for every weight."""
     vision_width: int = Field(32, ge=0)
     """Inner units of the adapter of each vision layer; 0 = none there."""
     language_width: int = Field(64, ge=0)
     """Inner units of the adapter of each language layer; 0 = none there."""
+    vision_layers: tuple[int, ...] | None = Field(None, min_length=1)
+    """Numbers of the vision layers that get one, from 0 or, counted from the end, -1; None = all."""
+    language_layers: tuple[int, ...] | None = Field(None, min_length=1)
+    """Numbers of the language layers that get one, from 0 or, counted from the end, -1; None = all."""
     placement: Literal["parallel", "sequential"] = "parallel"
     """`parallel` fuses into a stock checkpoint; `sequential` is the classic kind and cannot be exported."""
 
 
+class LoraTuning(Section):
+    type: Literal["lora"] = "lora"
+    """What is trained: `adapters`, `lora` or named `parts` of a frozen base, or `full` for every weight."""
+    method: Literal["lora", "dora", "vera"] = "lora"
+    """`dora` also learns the norm of each row; `vera` learns two vectors between shared random matrices."""
+    rank: int = Field(16, ge=1)
+    """Rank of the change of each weight matrix; VeRA wants some hundreds."""
+    alpha: float = Field(32.0, gt=0)
+    """The change is scaled by alpha / rank; VeRA has no scale."""
+    rank_stabilized: bool = False
+    """Scale by alpha / sqrt(rank) instead."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout on what goes into the change."""
+    targets: tuple[Literal["language", "vision", "merger"], ...] = Field(("language",), min_length=1)
+    """Where: every linear layer of the language model, the encoder, the merger between them."""
+    parts: tuple[Part, ...] = ()
+    """Parts trained fully beside it: merger, vision, language, head, embeddings."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if twice := sorted(set(self.targets) & set(self.parts)):
+            raise ValueError(f"{', '.join(twice)} cannot be a target and a part")
+        if self.method == "vera" and self.rank_stabilized:
+            raise ValueError("VeRA has no scale to stabilize")
+        return self
+
+
+class PartsTuning(Section):
+    type: Literal["parts"] = "parts"
+    """What is trained: `adapters`, `lora` or named `parts` of a frozen base, or `full` for every weight."""
+    parts: tuple[Part, ...] = ("merger",)
+    """Parts trained fully: merger, vision, language, head, embeddings; empty = the soft prompt alone."""
+
+
 class FullTuning(Section):
     type: Literal["full"] = "full"
-    """What is trained: `adapters` in a frozen base, or `full` for every weight."""
+    """What is trained: `adapters`, `lora` or named `parts` of a frozen base, or `full` for every weight."""
     init: Literal["pretrained", "random"] = "pretrained"
     """`random` draws new weights for the checkpoint's architecture."""
 
 
-Tuning = Annotated[AdapterTuning | FullTuning, Field(discriminator="type")]
+Tuning = Annotated[AdapterTuning | LoraTuning | PartsTuning | FullTuning, Field(discriminator="type")]
 
 
 class SoftPromptConfig(Section):
@@ -118,6 +167,8 @@ class SoftPromptConfig(Section):
     """Learned tokens that stand where the caption prompt would; 0 = off."""
     init: str | None = None
     """Text whose tokens they start from (repeated to fill); None = the caption prompt."""
+    trainable: bool = True
+    """false = they stay what they start from."""
 
 
 class SFTConfig(Section):

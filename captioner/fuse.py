@@ -2,44 +2,78 @@
 
 ``down(act(gate x) * (up x)) + down'(act(gate' x) * (up' x))`` is one block whose ``gate`` and ``up`` have
 the rows of both and whose ``down`` has the columns of both; biases of the inputs join, those of the output
-add. Shapes: D width of the tower, I inner width of the block, r inner units of the adapter.
+add. Rows of zeros with columns of zeros add nothing: they fill the blocks of a tower up to one width. LoRA
+is added to the weights it hangs on. Shapes: D width of the tower, I inner width of the block, r inner units
+of the adapter.
 """
 
 from __future__ import annotations
 
 import copy
-import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import AutoModelForImageTextToText, GenerationConfig, PretrainedConfig
 
-from captioner import adapters
+from captioner import adapters, model
 from captioner.adapters import Delta
-from captioner.errors import CheckpointError
-from captioner.model import Captioner, Family, SoftEmbedding, complete_config
+from captioner.config import ModelConfig
+from captioner.errors import CheckpointError, Refused
+from captioner.model import Captioner, Family, Mlp, SoftEmbedding, complete_config
+from captioner.render import Prompt
 from captioner.runs import atomic_dir
+
+# of the largest logit: what the order of summation may change in each number format
+TOLERANCE = {"float64": 1e-10, "float32": 1e-4, "bfloat16": 0.05, "float16": 0.01}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far the logits of an exported checkpoint lie from those of what was exported."""
+
+    prompts: int
+    largest: float  # |difference| of a logit
+    scale: float  # largest |logit|
+    same_tokens: float  # share of the positions with the same likeliest token
+
+    @property
+    def relative(self) -> float:
+        return self.largest / self.scale
 
 
 def export(
-    captioner: Captioner, out_dir: Path, adapter: str | None = "captioner", card: dict[str, Any] | None = None
-) -> None:
+    captioner: Captioner,
+    out_dir: Path,
+    adapter: str | None = "captioner",
+    card: dict[str, Any] | None = None,
+    *,
+    multiple: int = 1,
+    prompts: Sequence[Prompt] = (),
+) -> Difference | None:
     """Write a checkpoint that transformers' auto classes load without this package.
 
-    ``adapter`` names the adapter to fuse (None: there is none to fuse). ``card`` goes into README.md. The
-    soft prompt becomes ordinary special tokens, which generation_config.json suppresses. Number formats
-    stay. ``out_dir`` is there whole or, after a failure, as it was.
-    Raises ConfigError for a sequential or unknown adapter, CheckpointError where tensors do not fit.
+    ``adapter`` names what is fused (None: there is nothing to fuse). ``card`` goes into README.md. The soft
+    prompt becomes ordinary special tokens, which generation_config.json suppresses. Number formats stay.
+    Inner widths of the feed-forward blocks are padded with zeros to a ``multiple``. With ``prompts`` the
+    logits of what was written are compared with the captioner's before it is published. ``out_dir`` is there
+    whole or, after a failure, as it was.
+    Raises ConfigError for a sequential or unknown adapter, CheckpointError where tensors do not fit, Refused
+    where the logits differ by more than ``TOLERANCE``.
     """
+    if getattr(captioner.model, "is_loaded_in_4bit", False):
+        captioner = adapters.unquantized(captioner, adapter)
     plan = adapters.delta(captioner, adapter) if adapter else []
     state = adapters.base_state(captioner)
     config = copy.deepcopy(captioner.model.config)
+    _replace(state, adapters.merged(captioner))
     fuse(state, plan)
-    _widen(config, captioner.family, state, plan)
+    _widen(config, captioner.family, _even(state, captioner, multiple))
     own = {"views": captioner.views.model_dump(mode="json"), **_add_soft_rows(captioner, config, state)}
     with torch.device("meta"):
         stock = AutoModelForImageTextToText.from_config(config)
@@ -53,7 +87,57 @@ def export(
         stock.save_pretrained(folder)
         complete_config(folder, stock, captioner=own)
         captioner.processor.save_pretrained(folder)
-        (folder / "README.md").write_text(_readme(captioner, card or {}), encoding="utf-8")
+        difference = compare(captioner, folder, prompts) if prompts else None
+        text = model_card(captioner, card or {}, difference)
+        (folder / "README.md").write_text(text, encoding="utf-8")
+    return difference
+
+
+def compare(captioner: Captioner, folder: Path, prompts: Sequence[Prompt]) -> Difference:
+    """Logits of the checkpoint in ``folder`` against the captioner's, soft tokens left out.
+
+    Raises Refused where they differ by more than ``TOLERANCE`` of the largest logit.
+    """
+    name = str(captioner.model.dtype).removeprefix("torch.")
+    settings = {"path": str(folder), "dtype": name, "device": captioner.device.type}
+    written = model.load(ModelConfig.model_validate(settings))
+    largest = scale = 0.0
+    same = positions = 0
+    for prompt in prompts:
+        expected, found = (_logits(one, prompt) for one in (captioner, written))
+        largest = max(largest, float((found - expected).abs().max()))
+        scale = max(scale, float(expected.abs().max()))
+        same += int((found.argmax(-1) == expected.argmax(-1)).sum())
+        positions += len(expected)
+    difference = Difference(len(prompts), largest, scale, same / positions)
+    if not difference.relative <= TOLERANCE[name]:  # NaN, too
+        raise Refused(
+            f"the exported model's logits differ by {largest:.3g} of {scale:.3g} "
+            f"({difference.relative:.2g}; at most {TOLERANCE[name]:g})",
+            where=str(folder),
+            mend="export in float32 (--model.dtype float32); if it stays, this is a bug of ours",
+        )
+    return difference
+
+
+def _logits(captioner: Captioner, prompt: Prompt) -> Tensor:
+    """[T, vocabulary] in float64; soft tokens have none."""
+    with torch.no_grad():
+        made = captioner.model(
+            input_ids=torch.tensor([prompt.input_ids], device=captioner.device),
+            pixel_values=prompt.pixel_values.to(captioner.device, captioner.model.dtype),
+            image_grid_thw=prompt.image_grid_thw.to(captioner.device),
+        )
+    return cast(Tensor, made.logits[0].double())
+
+
+def _replace(state: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
+    """Put merged weights in the place of the base's; checks every shape before the first change."""
+    for key, weight in weights.items():
+        shapes = tuple(None if w is None else tuple(w.shape) for w in (state.get(key), weight))
+        if shapes[0] != shapes[1]:
+            raise CheckpointError(f"Base and merged weight have the shapes {shapes}.", where=key)
+    state.update(weights)
 
 
 def fuse(state: dict[str, Tensor], plan: Iterable[Delta]) -> None:
@@ -103,18 +187,36 @@ def _check(state: dict[str, Tensor], delta: Delta) -> None:
                 )
 
 
-def _widen(config: PretrainedConfig, family: Family, state: dict[str, Tensor], plan: list[Delta]) -> None:
-    """Write the new inner widths into the config."""
-    for delta in plan:
-        width = state[f"{delta.block}.{delta.mlp.output}.weight"].shape[1]
-        if delta.block.startswith(family.language_model):
-            config.text_config.intermediate_size = width
-        elif family.vision_width == "mlp_ratio":
-            config.vision_config.mlp_ratio = _ratio(
-                getattr(config.vision_config, family.vision_hidden), width
-            )
-        else:
-            config.vision_config.intermediate_size = width
+def _even(state: dict[str, Tensor], captioner: Captioner, multiple: int) -> dict[str, int]:
+    """Pad the blocks of each tower with zeros to one inner width, a multiple; returns the widths."""
+    widths = {}
+    for tower, blocks in captioner.blocks.items():
+        mlp: Mlp = getattr(captioner.family, f"{tower}_mlp")
+        most = max(state[f"{block}.{mlp.output}.weight"].shape[1] for block in blocks)
+        widths[tower] = -(-most // multiple) * multiple
+        for block in blocks:
+            lacking = widths[tower] - state[f"{block}.{mlp.output}.weight"].shape[1]
+            if not lacking:
+                continue
+            key = f"{block}.{mlp.output}.weight"
+            state[key] = F.pad(state[key], (0, lacking))
+            for part in mlp.inputs:
+                key = f"{block}.{part}.weight"
+                state[key] = F.pad(state[key], (0, 0, 0, lacking))
+                if mlp.bias:
+                    key = f"{block}.{part}.bias"
+                    state[key] = F.pad(state[key], (0, lacking))
+    return widths
+
+
+def _widen(config: PretrainedConfig, family: Family, widths: dict[str, int]) -> None:
+    """Write the inner widths into the config."""
+    vision = config.vision_config
+    config.text_config.intermediate_size = widths["language"]
+    if family.vision_width == "mlp_ratio":
+        vision.mlp_ratio = _ratio(getattr(vision, family.vision_hidden), widths["vision"])
+    else:
+        vision.intermediate_size = widths["vision"]
 
 
 def _ratio(hidden: int, width: int) -> float:
@@ -158,23 +260,48 @@ def _generation_config(captioner: Captioner) -> GenerationConfig:
     return config
 
 
-def _readme(captioner: Captioner, card: dict[str, Any]) -> str:
-    prompt = (
-        "The caption prompt is learned: "
-        + "".join(captioner.tokenizer.convert_ids_to_tokens(captioner.soft_prompt_ids))
-        if captioner.soft_prompt_ids
-        else "The caption prompt is ordinary text."
-    )
-    lines = [
-        "---",
-        "library_name: transformers",
-        "pipeline_tag: image-text-to-text",
-        "---",
-        "",
-        "# Captioner",
-        "",
+def model_card(captioner: Captioner, card: Mapping[str, Any], difference: Difference | None) -> str:
+    """README.md of an exported captioner: what it is, how it was trained, what it reaches.
+
+    ``card`` maps a heading to its entries; `metrics` is among them where there are any.
+    """
+    count = sum(parameter.numel() for parameter in captioner.model.parameters())
+    soft = "".join(captioner.tokenizer.convert_ids_to_tokens(captioner.soft_prompt_ids))
+    prompt = f"The caption prompt is learned: `{soft}`." if soft else "The caption prompt is ordinary text."
+    views = ", ".join(f"{name} {value}" for name, value in captioner.views.model_dump(mode="json").items())
+    lines = ["---", "library_name: transformers", "pipeline_tag: image-text-to-text"]
+    lines += ["tags: [image-captioning, captioner]", "---", "", "# Captioner", ""]
+    lines += [
+        f"A stock `{captioner.family.name}` checkpoint, {count / 1e6:,.1f} M parameters, written by",
+        f"`captioner export`: adapters are part of its weights. {prompt}",
+        f"It was trained on these views of an image: {views}.",
     ]
-    lines += [f"A stock `{captioner.family.name}` checkpoint written by `captioner export`. {prompt}", ""]
-    if card:
-        lines += ["```json", json.dumps(card, indent=2, sort_keys=True, default=str), "```", ""]
-    return "\n".join(lines)
+    for heading, entries in card.items():
+        lines += ["", f"## {heading}", "", "| | |", "|---|---|"]
+        lines += [f"| {_cell(name)} | {_cell(value)} |" for name, value in _flat(entries)]
+    if difference is not None:
+        lines += ["", "## Verified", ""]
+        lines += [
+            f"Against the captioner it was made from, on {difference.prompts} prompts: logits differ by at",
+            f"most {difference.largest:.3g} (of {difference.scale:.3g}); the likeliest token is the same at",
+            f"{difference.same_tokens:.2%} of the positions.",
+        ]
+    return "\n".join([*lines, ""])
+
+
+def _flat(entries: Mapping[str, Any], name: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of nested mappings by dotted name."""
+    for key, value in entries.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{name}{key}.")
+        else:
+            yield f"{name}{key}", value
+
+
+def _cell(value: Any) -> str:
+    """Text that cannot leave its cell of a Markdown table; of a path on this machine, the last part."""
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_cell, value))
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    text = Path(text).name if text.startswith("/") else text
+    return " ".join(text.replace("|", "\\|").split())

@@ -6,6 +6,7 @@ Knows nothing of training. Runs on transformers 4.57 and 5.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import sys
@@ -23,6 +24,7 @@ from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
+    BitsAndBytesConfig,
     GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -31,7 +33,7 @@ from transformers import (
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from captioner.config import ModelConfig, ViewsConfig
-from captioner.errors import CheckpointError
+from captioner.errors import CheckpointError, ConfigError
 from captioner.runs import checkpoint_path
 
 DEFAULT_VIEW_SIZE = 448  # px; where the checkpoint fixes none
@@ -88,7 +90,7 @@ class Family:
     vision_layers: str = "blocks"  # below ``visual``
     language_layers: str = "layers"  # below ``language_model``
     embedding: str = "embed_tokens"  # below ``language_model``
-    merger: str = "merger"  # below ``visual``
+    mergers: tuple[str, ...] = ("merger",)  # below ``visual``: what projects into the language model
     mlp: str = "mlp"  # the feed-forward block's name in every layer of both towers
 
 
@@ -111,6 +113,7 @@ FAMILIES: dict[str, Family] = {
         _SWIGLU,
         "intermediate_size",
         vision_hidden="hidden_size",
+        mergers=("merger", "deepstack_merger_list"),
     ),
 }
 
@@ -127,6 +130,7 @@ class Captioner:
     view_size: int  # side of a square view, px
     soft_prompt_ids: list[int] = field(default_factory=list)
     views: ViewsConfig = field(default_factory=ViewsConfig)  # what it was trained with
+    tuning: dict[str, Any] = field(default_factory=dict)  # what `adapters` hung in: its manifest
 
     @property
     def device(self) -> torch.device:
@@ -146,6 +150,19 @@ class Captioner:
         vision = self.visual.get_submodule(self.family.vision_layers)
         language = self.language_model.get_submodule(self.family.language_layers)
         return {"vision": list(vision.children()), "language": list(language.children())}
+
+    @property
+    def blocks(self) -> dict[str, list[str]]:
+        """The names in the model of the feed-forward blocks of both towers."""
+        family = self.family
+        places = {
+            "vision": f"{family.visual}.{family.vision_layers}",
+            "language": f"{family.language_model}.{family.language_layers}",
+        }
+        return {
+            tower: [f"{place}.{index}.{family.mlp}" for index in range(len(self.layers[tower]))]
+            for tower, place in places.items()
+        }
 
 
 class SoftEmbedding(nn.Embedding):
@@ -189,7 +206,7 @@ def load(
     an exported captioner leave the vocabulary and become a frozen :class:`SoftEmbedding`.
 
     Raises :class:`CheckpointError` for a missing directory, another architecture, pickled weights only, or
-    missing processor files.
+    missing processor files; ConfigError where 4-bit weights are asked for and cannot be had.
     """
     if not isinstance(config, ModelConfig):
         config = ModelConfig(path=str(config))
@@ -201,11 +218,14 @@ def load(
     processor = _processor(path)
     if init == "random":
         architecture = AutoConfig.from_pretrained(path, local_files_only=True)
-        model = _random_model(architecture, seed, dtype)
+        model = _random_model(architecture, seed, dtype).to(device)
+    elif config.load_in_4bit:
+        family = FAMILIES[settings["model_type"]]
+        model = _pretrained_model(path, dtype, **_four_bits(family, dtype, device))
     else:
-        model = _pretrained_model(path, dtype)
+        model = _pretrained_model(path, dtype).to(device)
     captioner = Captioner(
-        model=model.to(device).eval(),
+        model=model.eval(),
         processor=processor,
         tokenizer=processor.tokenizer,
         family=FAMILIES[settings["model_type"]],
@@ -297,10 +317,34 @@ def _read_json(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def _pretrained_model(path: Path, dtype: torch.dtype) -> PreTrainedModel:
+def _four_bits(family: Family, dtype: torch.dtype, device: str) -> dict[str, Any]:
+    """How transformers is told to hold the layers of both towers in NF4 (Dettmers et al. 2023)."""
+    where = "model.load_in_4bit"
+    if not device.startswith("cuda"):
+        mend = "leave it false, or run on a machine with a CUDA device"
+        raise ConfigError(
+            f"4-bit weights need a CUDA device; the model is on {device}.", where=where, mend=mend
+        )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            "4-bit weights need bitsandbytes, which is not installed.",
+            where=where,
+            mend="pip install bitsandbytes",
+        )
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=["lm_head", *(f"{family.visual}.{merger}" for merger in family.mergers)],
+    )
+    return {"quantization_config": settings, "device_map": {"": device}}
+
+
+def _pretrained_model(path: Path, dtype: torch.dtype, **how: Any) -> PreTrainedModel:
     try:
         model, info = AutoModelForImageTextToText.from_pretrained(
-            path, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
+            path, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True, **how
         )
     except (SafetensorError, RuntimeError, OSError) as error:
         raise CheckpointError(

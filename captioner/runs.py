@@ -165,6 +165,24 @@ def _alive(pid: int) -> bool:
     return True
 
 
+# ---------------------------------------------------------------- processes that train together
+
+
+def world_size() -> int:
+    """How many processes train together; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """The number of this process among those."""
+    return int(os.environ.get("RANK", "0")) if world_size() > 1 else 0
+
+
+def is_main() -> bool:
+    """Whether this process writes: rank 0, or the only one."""
+    return rank() == 0
+
+
 # ---------------------------------------------------------------- shards
 
 
@@ -368,8 +386,13 @@ class Run:
         """Begin, continue or find done a stage made of a config section and input files or directories.
 
         Raises RunError if it was made or begun with others (``redo`` removes it first), and if another
-        process works in this run.
+        process works in this run. Where several processes train together, rank 0 does this, and the others
+        get what it began.
         """
+        if not is_main():
+            begun = Stage(self, name, _plain(section), inputs)
+            begun.done = (begun.dir / "stage.json").is_file()
+            return begun
         lock = _lock(self.path)
         stage = Stage(self, name, _plain(section), inputs)
         if redo:

@@ -19,11 +19,11 @@ from captioner.model import SOFT_TOKEN, Captioner, SoftEmbedding, embed_soft_row
 FILE = "soft_prompt.safetensors"
 
 
-def attach(captioner: Captioner, length: int, init_text: str, trainable: bool = True, seed: int = 0) -> None:
+def attach(captioner: Captioner, length: int, init_text: str, trainable: bool = True) -> None:
     """Give the captioner ``length`` soft tokens that start as the tokens of ``init_text``, repeated to fill.
 
-    With an empty text they start as random rows of the embedding (from ``seed``). A captioner that has a
-    soft prompt of this length keeps its rows. Raises ConfigError if it has one of another length.
+    A captioner that has a soft prompt of this length keeps its rows. Raises ConfigError if it has one of
+    another length, and for a text without tokens.
     """
     if captioner.soft_prompt_ids:
         if len(captioner.soft_prompt_ids) != length:
@@ -41,8 +41,11 @@ def attach(captioner: Captioner, length: int, init_text: str, trainable: bool = 
     table = captioner.model.get_input_embeddings().weight.detach()
     ids = captioner.tokenizer.encode(init_text, add_special_tokens=False)
     if not ids:
-        known = min(len(captioner.tokenizer), len(table))
-        ids = torch.randint(known, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+        raise ConfigError(
+            f"The soft prompt's text {init_text!r} has no tokens.",
+            where="sft.soft_prompt.init",
+            mend="give it words, or `none` for the caption prompt",
+        )
     picked = [ids[i % len(ids)] for i in range(length)]
     _embed(captioner, table[picked].clone(), trainable)
 

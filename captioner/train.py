@@ -9,11 +9,13 @@ Shapes: B batch, T tokens of a packed row, L tokens of a branch, D width.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import random
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,13 +30,13 @@ from torch import Tensor
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from captioner import adapters, prompts, soft_prompt
-from captioner.config import AdapterTuning, FullTuning, SoftPromptConfig, TrainingConfig
-from captioner.errors import DataError, RunError
+from captioner import adapters, distributed, prompts, soft_prompt
+from captioner.config import FullTuning, SoftPromptConfig, TrainingConfig, Tuning
+from captioner.errors import ConfigError, DataError, RunError
 from captioner.model import Captioner, describe_trainable
 from captioner.records import Pair
 from captioner.render import IGNORED, Renderer, TrainRow, collate
-from captioner.runs import Shards, atomic_write_text, progress, row_seed
+from captioner.runs import Shards, atomic_write_text, is_main, progress, rank, row_seed, world_size
 from captioner.views import BadImage, load_image
 
 ADAPTER = "captioner"  # name of the one adapter that a captioner carries
@@ -121,6 +123,36 @@ class Collator:
             )
         return batch
 
+    def check_lengths(self) -> None:
+        """Raise DataError, which counts and names them, for captions that do not fit behind their views.
+
+        Only images whose text could be too long are opened.
+        """
+        renderer = self.renderer
+        cells = (renderer.size // renderer.factor) ** 2  # of a view; it advances positions by less
+        most = 64 + sum(cells + 2 + len(renderer.text_ids(tag)) for tag in renderer.tags())
+        long = []
+        for index, path in enumerate(self.images.paths):
+            targets = self._targets(index, index)
+            reach = max((len(self.branch(t.text, t.answer)[0]) for t in targets), default=0)
+            if reach + most >= self.longest and reach + self._prefix_reach(path) > self.longest:
+                long.append(self.images.keys[index])
+        if long:
+            raise DataError(
+                f"{len(long)} of {len(self.images)} images have captions that do not fit: the model ends at "
+                f"position {self.longest}",
+                where=", ".join(long[:5]) + (", ..." if len(long) > 5 else ""),
+                mend="shorten or leave out these captions, or use fewer or smaller views",
+            )
+
+    def _prefix_reach(self, path: Path) -> int:
+        renderer = self.renderer
+        grids = [
+            [1, view.height // renderer.patch, view.width // renderer.patch]
+            for view in renderer.plan(*self._open(path).size)
+        ]
+        return renderer.prefix(torch.tensor(grids), renderer.tags()).next_position
+
     def keys(self, positions: Sequence[int]) -> list[str]:
         return [self.images.keys[self.order(position)] for position in positions]
 
@@ -144,11 +176,15 @@ class Collator:
         return [found[i] for i in picked]
 
     def _image(self, index: int) -> Any:
+        return self._open(self.images.paths[index])
+
+    @staticmethod
+    def _open(path: Path) -> Any:
         try:
-            return load_image(self.images.paths[index])[0]
+            return load_image(path)[0]
         except BadImage as error:
             mend = "remove or replace the image"
-            raise DataError(str(error), where=str(self.images.paths[index]), mend=mend) from error
+            raise DataError(str(error), where=str(path), mend=mend) from error
 
 
 class PairCollator(Collator):
@@ -222,6 +258,7 @@ class _Trainer:
     optimizer: Any
     lr_scheduler: Any
     state: TrainerState
+    args: TrainingArguments
     data_collator: Collator
 
     def _get_train_sampler(self, dataset: Any = None) -> torch.utils.data.Sampler:
@@ -253,12 +290,11 @@ class _Trainer:
         save_file(trainable(self.model), Path(output_dir) / "trainable.safetensors")
 
     def _load_from_checkpoint(self, checkpoint: str, model: Any = None) -> None:
-        stored = load_file(Path(checkpoint) / "trainable.safetensors")
-        with torch.no_grad():
-            for name, parameter in trainable(self.model).items():
-                parameter.copy_(stored[name])
+        _load_trainable(self.model, Path(checkpoint) / "trainable.safetensors")
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.args.should_save:  # rank 0 alone writes
+            return
         state = self.optimizer.state_dict()
         tensors = {f"{i}.{name}": t for i, entry in state["state"].items() for name, t in entry.items()}
         save_file(tensors, Path(output_dir) / "optimizer.safetensors")
@@ -280,12 +316,16 @@ class _Trainer:
         state = {"cpu": torch.get_rng_state()}
         if torch.cuda.is_available():
             state["cuda"] = torch.cuda.get_rng_state()
-        save_file(state, Path(output_dir) / "rng.safetensors")
+        os.makedirs(output_dir, exist_ok=True)  # dropout differs between ranks: each has a file
+        save_file(state, Path(output_dir) / f"rng-{self.args.process_index}.safetensors")
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        state = load_file(Path(checkpoint) / "rng.safetensors")
+        file = Path(checkpoint) / f"rng-{self.args.process_index}.safetensors"
+        if not file.exists():  # trained on fewer devices before
+            return
+        state = load_file(file)
         torch.set_rng_state(state["cpu"])
         if "cuda" in state and torch.cuda.is_available():
             torch.cuda.set_rng_state(state["cuda"])
@@ -306,20 +346,33 @@ class _DPO(_Trainer, DPOTrainer):
 
 
 class _Log(TrainerCallback):
-    """metrics.jsonl, the progress bar, and the validation loss wherever a checkpoint is written."""
+    """metrics.jsonl, the progress bar, the validation loss at every checkpoint, and the early stop on it.
 
-    def __init__(self, path: Path, advance: Callable[[int], None], validate: Callable[[], float] | None):
-        self.path, self.advance, self.validate = path, advance, validate
+    With ``patience`` the trained parameters at the best validation loss are kept in ``best``.
+    """
+
+    trainer: Any  # both set when it is made: validation losses go to its trackers
+    advance: Callable[[int], None]
+
+    def __init__(self, out: Path, validate: Callable[[], float] | None = None, patience: int = 0):
+        self.path, self.validate, self.patience = out / "metrics.jsonl", validate, patience
+        self.best = out / "checkpoints" / "best.safetensors"
         self.last: dict[str, float] = {}
+        self.validated: dict[int, float] = {}  # step -> validation loss
 
-    def on_train_begin(self, _args: Any, state: TrainerState, _control: TrainerControl, **_: Any) -> None:
+    def on_train_begin(self, _args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """A resumed run writes the lines behind its checkpoint again."""
         lines = self.path.read_text().splitlines() if self.path.exists() else []
         kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
-        atomic_write_text(self.path, "".join(line + "\n" for line in kept))
-        for line in kept:
-            self.last |= json.loads(line)
+        if is_main():
+            atomic_write_text(self.path, "".join(line + "\n" for line in kept))
+        for line in map(json.loads, kept):
+            self.last |= line
+            if "validation_loss" in line:
+                self.validated[line["step"]] = line["validation_loss"]
         self.advance(state.global_step)
+        if state.global_step:  # the process may have been killed between a checkpoint and its validation
+            self._validate(state.global_step, control)
 
     def on_step_end(self, _args: Any, _state: TrainerState, _control: TrainerControl, **_: Any) -> None:
         self.advance(1)
@@ -327,18 +380,39 @@ class _Log(TrainerCallback):
     def on_log(
         self, _args: Any, state: TrainerState, _control: TrainerControl, logs: Any = None, **_: Any
     ) -> None:
-        if "loss" in logs:  # the closing line repeats what the others say
+        if "loss" in logs or "validation_loss" in logs:  # the closing line repeats what the others say
             self.write(state.global_step, logs)
 
-    def on_save(self, _args: Any, state: TrainerState, _control: TrainerControl, **_: Any) -> None:
-        if self.validate:
-            self.write(state.global_step, {"validation_loss": self.validate()})
+    def on_save(self, _args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._validate(state.global_step, control)
+
+    def _validate(self, step: int, control: TrainerControl) -> None:
+        if self.validate is None:
+            return
+        if step not in self.validated:
+            loss = self.validated[step] = self.validate()
+            trainer = self.trainer
+            trainer.callback_handler.on_log(trainer.args, trainer.state, control, {"validation_loss": loss})
+            if self.patience and loss == min(self.validated.values()) and is_main():
+                save_file(trainable(trainer.model), self.best)
+        best = min(self.validated, key=lambda at: self.validated[at])
+        if self.patience and sum(at > best for at in self.validated) >= self.patience:
+            control.should_training_stop = True
+
+    def restore_best(self, model: torch.nn.Module) -> None:
+        """Put the parameters of the best validation loss back."""
+        if not self.patience or not is_main():
+            return
+        _load_trainable(model, self.best)
+        best = min(self.validated, key=lambda at: self.validated[at])
+        self.last |= {"validation_loss": self.validated[best], "best_step": best}
 
     def write(self, step: int, values: dict[str, float]) -> None:
         line = {"step": step, **{k: v for k, v in values.items() if k not in ("epoch", "num_tokens")}}
         self.last |= line
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        if is_main():
+            with self.path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
 
 
 def train_sft(
@@ -361,7 +435,10 @@ def train_sft(
     validate = None
     if validation is not None:
         validate = partial(validation_loss, captioner, renderer, validation, training.batch_size)
-    return _train(_SFT, captioner, collator, args, out, validate, report)
+    elif training.patience:
+        mend = "name validation images, or --sft.training.patience 0"
+        raise ConfigError("An early stop needs a validation loss.", where="training.patience", mend=mend)
+    return _train(_SFT, captioner, collator, args, out, _Log(out, validate, training.patience), report)
 
 
 def train_dpo(
@@ -391,7 +468,7 @@ def train_dpo(
     collator = PairCollator(renderer, images, training.seed, training.batch_size)
     args = dpo_arguments(captioner, training, out, beta, ce_weight)
     with shared_prefix(captioner):
-        return _train(_DPO, captioner, collator, args, out, None, report, pairs)
+        return _train(_DPO, captioner, collator, args, out, _Log(out), report, pairs)
 
 
 def reference_logps(trainer: Any, pairs: Sequence[Pair], batch_size: int) -> list[Pair]:
@@ -415,13 +492,16 @@ def reference_logps(trainer: Any, pairs: Sequence[Pair], batch_size: int) -> lis
 def validation_loss(
     captioner: Captioner, renderer: Renderer, images: TrainingImages, batch_size: int
 ) -> float:
-    """Cross-entropy per answer token over all images, each with the targets of its first draw."""
+    """Cross-entropy per answer token over all images, each with the targets of its first draw.
+
+    Where several processes train, each computes its share of the batches.
+    """
     collator = Collator(renderer, images, 0, batch_size)
     collator.order = lambda position: position  # type: ignore[assignment]
     total, tokens = 0.0, 0
     was_training = captioner.model.training
     captioner.model.eval()
-    for start in range(0, len(images), batch_size):
+    for start in range(rank() * batch_size, len(images), world_size() * batch_size):
         batch = collator([{"position": i} for i in range(start, min(start + batch_size, len(images)))])
         batch.pop("positions")
         count = int((batch["labels"][:, 1:] != IGNORED).sum())
@@ -430,7 +510,8 @@ def validation_loss(
             total += captioner.model(**arguments, use_cache=False).loss.item() * count
         tokens += count
     captioner.model.train(was_training)
-    return total / tokens
+    total, all_tokens = distributed.add_up([total, tokens], captioner.device)
+    return total / all_tokens
 
 
 def trainable(model: torch.nn.Module) -> dict[str, Tensor]:
@@ -438,20 +519,35 @@ def trainable(model: torch.nn.Module) -> dict[str, Tensor]:
     return {name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
+def _load_trainable(model: torch.nn.Module, file: Path) -> None:
+    stored = load_file(file)
+    with torch.no_grad():
+        for name, parameter in trainable(model).items():
+            parameter.copy_(stored[name])
+
+
 # ---- what trains
 
 
-def tune(
-    captioner: Captioner, tuning: AdapterTuning | FullTuning, prompt: SoftPromptConfig | None, seed: int
-) -> None:
-    """Set what trains: the whole model or new adapters on a frozen base; a soft prompt if one is wanted."""
-    captioner.model.requires_grad_(tuning.type == "full")
-    if isinstance(tuning, AdapterTuning):
-        adapters.add(captioner, ADAPTER, tuning.vision_width, tuning.language_width, tuning.placement, seed)
+def tune(captioner: Captioner, tuning: Tuning, prompt: SoftPromptConfig | None, seed: int) -> None:
+    """Set what trains: the whole model, or what is hung into a frozen one; a soft prompt if one is wanted.
+
+    Raises ConfigError where nothing would train.
+    """
+    if isinstance(tuning, FullTuning):
+        if getattr(captioner.model, "is_loaded_in_4bit", False):
+            mend = "set --model.load_in_4bit false, or train adapters"
+            raise ConfigError("Weights held in 4 bits cannot train.", where="sft.tuning.type", mend=mend)
+        captioner.model.requires_grad_(True)
+    else:
+        captioner.model.requires_grad_(False)
+        adapters.tune(captioner, tuning, ADAPTER, seed)
     if prompt is not None and prompt.length:
-        soft_prompt.attach(
-            captioner, prompt.length, prompt.init or prompts.load("caption"), trainable=True, seed=seed
-        )
+        text = prompts.load("caption") if prompt.init is None else prompt.init
+        soft_prompt.attach(captioner, prompt.length, text, trainable=prompt.trainable)
+    if not any(parameter.requires_grad for parameter in captioner.model.parameters()):
+        mend = "name a part or a width, or let the soft prompt train"
+        raise ConfigError("Nothing would train.", where="tuning", mend=mend)
 
 
 def trainable_table(model: torch.nn.Module) -> str:
@@ -469,20 +565,24 @@ def _train(
     collator: Collator,
     args: TrainingArguments,
     out: Path,
-    validate: Callable[[], float] | None,
+    log: _Log,
     report: Callable[[str], None],
     pairs: Sequence[Pair] = (),
 ) -> dict[str, float]:
+    collator.check_lengths()
     last = _last_checkpoint(out / "checkpoints")
     begin = time.monotonic()
     with _precise(captioner), progress("training", args.max_steps) as bar:
-        log = _Log(out / "metrics.jsonl", bar.advance, validate)
+        log.advance = bar.advance
         trainer = make_trainer(kind, captioner, collator, args, log)
+        log.trainer = trainer
+        _raise_precision(captioner.model)  # beside 4-bit weights TRL makes what trains bfloat16
         if isinstance(collator, PairCollator):
             collator.reference = _reference(trainer, pairs, out, resumed=last is not None)
         if last:
             report(f"resuming from step {last.name.rpartition('-')[2]}")
         trainer.train(resume_from_checkpoint=str(last) if last else None)
+        log.restore_best(captioner.model)
     return log.last | {"seconds": time.monotonic() - begin}
 
 
@@ -493,7 +593,15 @@ def make_trainer(
     args: TrainingArguments,
     *callbacks: TrainerCallback,
 ) -> Any:
-    """The trainer, with as many positions to visit as its steps need."""
+    """The trainer, with as many positions to visit as its steps need.
+
+    Of W ranks, rank r gets every W-th batch from the r-th on: what all see in a step is what one process
+    sees with W times the accumulation.
+    """
+    if args.n_gpu > 1:
+        args._n_gpu = 1  # several GPUs take a process each (--gpus), not torch's DataParallel
+    if getattr(captioner.model, "is_loaded_in_4bit", False):
+        captioner.model._hf_peft_config_loaded = True  # how transformers is told that adapters hang on 4 bits
     positions = args.max_steps * args.gradient_accumulation_steps * args.per_device_train_batch_size
     trainer = kind(
         model=captioner.model,
@@ -521,8 +629,16 @@ def dpo_arguments(
 
 
 def _arguments(captioner: Captioner, training: TrainingConfig, out: Path) -> dict[str, Any]:
-    """What both trainers are told: bfloat16 autocast on CUDA (trained parameters float32), else float32."""
-    device = captioner.device.type
+    """What both trainers are told: bfloat16 autocast on CUDA or for bfloat16 weights; what trains is float32.
+
+    Raises ConfigError for a tracker that is not installed.
+    """
+    device, dtype = captioner.device.type, captioner.model.dtype
+    for tracker in training.report_to:
+        if importlib.util.find_spec(tracker) is None:
+            where, mend = "training.report_to", f"pip install {tracker}, or leave it out"
+            raise ConfigError(f"{tracker} is not installed", where=where, mend=mend)
+    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)  # transformers leaves the last training's choice there
     return {
         "output_dir": str(out / "checkpoints"),
         "max_steps": training.steps,
@@ -539,27 +655,33 @@ def _arguments(captioner: Captioner, training: TrainingConfig, out: Path) -> dic
         "save_total_limit": 2,
         "logging_steps": training.log_steps,
         "logging_nan_inf_filter": False,
-        "bf16": device == "cuda" and captioner.model.dtype != torch.float64,
+        "bf16": dtype == torch.bfloat16 or (device == "cuda" and dtype != torch.float64),
         "use_cpu": device == "cpu",
-        "gradient_checkpointing": False,
+        "gradient_checkpointing": training.gradient_checkpointing,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
         "remove_unused_columns": False,
         # On a GPU the batches are prepared beside it; on a CPU workers would only take the model's cores.
         "dataloader_num_workers": min(8, (os.cpu_count() or 2) - 1) if device == "cuda" else 0,
         "dataloader_pin_memory": device == "cuda",
         "disable_tqdm": True,
-        "report_to": "none",
+        "report_to": list(training.report_to) or "none",
+        "logging_dir": str(out / "logs"),
+        "trackio_space_id": None,  # nothing goes to a hub unasked
     }
 
 
 @contextmanager
 def _precise(captioner: Captioner) -> Iterator[None]:
-    """While training, trained parameters are at least float32; after it TRL's patch of forward is undone."""
+    """While training, trained parameters are at least float32; after it TRL's patch of forward is undone.
+
+    Raises RunError for frozen parameters in another number format than the model's: they would take the time
+    and memory of float32 by accident.
+    """
     model, patched = captioner.model, captioner.model.__dict__.get("forward")
+    _check_precision(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
     dtypes = [p.dtype for p in parameters]
-    for p in parameters:
-        if p.dtype in (torch.bfloat16, torch.float16):
-            p.data = p.data.float()
+    _raise_precision(model)
     try:
         yield
     finally:
@@ -568,7 +690,33 @@ def _precise(captioner: Captioner) -> Iterator[None]:
         model.__dict__.pop("forward", None)
         if patched is not None:
             model.forward = patched
+        if model.is_gradient_checkpointing:
+            model.gradient_checkpointing_disable()
         model.eval()
+
+
+def _raise_precision(model: torch.nn.Module) -> None:
+    for p in model.parameters():
+        if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16):
+            p.data = p.data.float()
+
+
+def _check_precision(model: torch.nn.Module) -> None:
+    frozen = {
+        name: p
+        for name, p in model.named_parameters()
+        if p.is_floating_point() and not p.requires_grad and not name.endswith(".soft")  # float32 on purpose
+    }
+    sizes = Counter[torch.dtype]()
+    for p in frozen.values():
+        sizes[p.dtype] += p.numel()
+    odd = [name for name, p in frozen.items() if p.dtype != max(sizes, key=sizes.__getitem__)]
+    if odd:
+        raise RunError(
+            f"{len(odd)} frozen parameters are {frozen[odd[0]].dtype}, the others are not",
+            where=", ".join(odd[:3]),
+            mend="store the checkpoint in one number format",
+        )
 
 
 def _last_checkpoint(checkpoints: Path) -> Path | None:

@@ -124,6 +124,7 @@ COMMANDS: dict[str, Command] = {
         ("{run}",),
     ),
 }
+PARALLEL = ("sft",)  # commands that several processes may run together
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -159,6 +160,9 @@ def _run(words: list[str]) -> int:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         mend = f"did you mean `captioner {near[0]}`?" if near else "`captioner --help` lists the commands"
         raise ConfigError(f"unknown command {name}", mend=mend)
+    if name not in PARALLEL and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        mend = "start it without torchrun or accelerate launch"
+        raise ConfigError(f"captioner {name} runs in one process", mend=mend)
     module = importlib.import_module(command.module)
     words, toml, overrides = _split_fields(words[1:])
     args = _parser(name, command, module).parse_args(words, Args())

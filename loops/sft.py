@@ -1,8 +1,9 @@
-"""captioner sft [FILE.toml]: supervised fine-tuning of the captioner.
+"""captioner sft [FILE.toml] [--gpus N]: supervised fine-tuning of the captioner.
 
-Teaches the base the style of the captions: adapters in both towers and a soft prompt on a frozen base, or the
-whole model (``sft.tuning.type = "full"``). Writes sft/adapter, sft/captioner (a stock checkpoint) and
-sft/metrics.jsonl.
+Teaches the base the style of the captions: adapters, LoRA or named parts and a soft prompt on a frozen base,
+or the whole model (``sft.tuning.type``). Writes sft/adapter (but for ``full``), sft/captioner (a stock
+checkpoint; not for sequential adapters) and sft/metrics.jsonl. ``--gpus N`` trains in N processes, as
+torchrun and accelerate launch do: with as many batches a step as one process with N times the accumulation.
 """
 
 from __future__ import annotations
@@ -18,24 +19,33 @@ from captioner.config import Config, SFTConfig
 from captioner.errors import DataError
 from captioner.formats import resolve
 from captioner.formats.folder import ImageRow, read_folder
-from captioner.runs import Run, checkpoint_path
+from captioner.runs import Run, checkpoint_path, is_main, world_size
 
 if TYPE_CHECKING:
     from captioner.train import Target, TrainingImages
 
 
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="processes, a GPU each (default 1)")
+
+
 def run(config: Config, args: argparse.Namespace) -> int:
     """The sft stage of a run."""
+    from captioner import distributed, model
+
     sft = config.sft
-    run = Run.open(args.run_dir, config)
-    data = [resolve(source, run) for source in sft.data]
-    inputs = {"model": checkpoint_path(config.model.path)} | {
-        f"data {i}": path for i, path in enumerate(data)
-    }
-    if sft.validation:
-        inputs["validation"] = resolve(sft.validation, run)
-    section = {"sft": sft, "model": config.model, "views": config.views}
-    stage = run.stage("sft", section, inputs, redo=args.redo)
+    if args.gpus > 1 and world_size() == 1:
+        return distributed.launch(args.gpus, config.model.device)
+    with distributed.main_first(config.model.device):
+        run = Run.open(args.run_dir, config)
+        data = [resolve(source, run) for source in sft.data]
+        inputs = {"model": checkpoint_path(config.model.path)} | {
+            f"data {i}": path for i, path in enumerate(data)
+        }
+        if sft.validation:
+            inputs["validation"] = resolve(sft.validation, run)
+        section = {"sft": sft, "model": config.model, "views": config.views}
+        stage = run.stage("sft", section, inputs, redo=args.redo)
     if stage.done:
         print(f"sft was done before: {stage.dir}")
         return 0
@@ -52,15 +62,21 @@ def run(config: Config, args: argparse.Namespace) -> int:
     captioner.views = renderer.config
     training = sft.training.model_copy(update={"seed": seed})
     metrics = train.train_sft(captioner, renderer, images, training, stage.dir, held_out)
-    adapter = None
-    if sft.tuning.type == "adapters":
-        adapter = train.ADAPTER
+    if not is_main():
+        return 0
+    adapter = adapters.name_of(captioner)
+    if adapter:
         adapters.save(captioner, adapter, stage.dir / "adapter")
     if captioner.soft_prompt_ids:
         soft_prompt.save(captioner, stage.dir / "adapter")
-    fuse.export(captioner, stage.dir / "captioner", adapter)
+    counts = {"images": len(images), "steps": training.steps}
+    if sft.tuning.type == "adapters" and sft.tuning.placement == "sequential":
+        print("sft: sequential adapters are no part of a stock checkpoint: there is no sft/captioner")
+    else:
+        card = {"Training": {"base": inputs["model"].name, "sft": sft.model_dump(mode="json")}}
+        fuse.export(captioner, stage.dir / "captioner", adapter, card | {"Metrics": metrics})
     shutil.rmtree(stage.dir / "checkpoints")
-    stage.finish({"images": len(images), "steps": training.steps}, metrics)
+    stage.finish(counts, metrics)
     losses = "".join(
         f", {name} {metrics[name]:.4f}" for name in ("loss", "validation_loss") if name in metrics
     )

@@ -86,7 +86,7 @@ def test_another_kind_of_section_starts_from_its_own_defaults() -> None:
         ({"dpo.beta": "x"}, ["dpo.beta = 'x'", "valid number", "--dpo.beta x", "Rafailov"]),
         ({"views.levels": "1,b"}, ["views.levels = 'b'", "--views.levels 1,b"]),
         ({"views.levels": "0"}, ["views.levels", "greater than or equal to 1"]),
-        ({"sft.tuning.type": "ful"}, ["sft.tuning.type = 'ful'", "'adapters', 'full'"]),
+        ({"sft.tuning.type": "ful"}, ["sft.tuning.type = 'ful'", "'adapters', 'lora', 'parts', 'full'"]),
         ({"sft.tuning.init": "random"}, ["not a field of that sft.tuning.type", "--sft.tuning.init random"]),
         (
             {"sft.tuning.vision_width": "-1"},

@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from captioner import adapters, fuse, model, soft_prompt
-from captioner.config import Config, ModelConfig, ViewsConfig
+from captioner.config import Config, ModelConfig, ViewsConfig, load
 from captioner.errors import CheckpointError, ConfigError, RunError
 from captioner.model import Captioner
-from loops import export
+from loops import export, sft
 from tests.test_adapters import inputs, logits, shake
 from tests.tiny import tiny_captioner, tiny_checkpoint, tokenizer
 
@@ -152,9 +152,9 @@ def test_one_tower_alone(family: str, widths: tuple[int, int], tmp_path: Path) -
 def test_full_tuning_just_writes(tmp_path: Path) -> None:
     captioner = tiny_captioner()
     shake(captioner)
-    fuse.export(captioner, tmp_path / "out", adapter=None, card={"stage": "sft", "loss": 0.5})
+    fuse.export(captioner, tmp_path / "out", adapter=None, card={"Metrics": {"loss": 0.5}})
     assert torch.equal(logits(model.load(tmp_path / "out")), logits(captioner))
-    assert '"loss": 0.5' in (tmp_path / "out" / "README.md").read_text()
+    assert "| loss | 0.5 |" in (tmp_path / "out" / "README.md").read_text()
     assert "soft_prompt_ids" not in json.loads((tmp_path / "out" / "config.json").read_text())["captioner"]
 
 
@@ -269,7 +269,8 @@ def test_ratio_gives_every_width(hidden: int) -> None:
 
 
 def arguments(**given: object) -> argparse.Namespace:
-    return argparse.Namespace(**{"run_dir": Path("none"), "redo": False, "adapter": None} | given)
+    flags = {"run_dir": Path("none"), "redo": False, "adapter": None, "multiple": 1, "verify": False}
+    return argparse.Namespace(**flags | given)
 
 
 def test_export_command_fuses_an_adapter_folder(tmp_path: Path) -> None:
@@ -308,3 +309,62 @@ def test_export_command_writes_the_runs_captioner(tmp_path: Path) -> None:
     again = reload(tmp_path / "out", captioner)  # float64, as it was stored
     torch.testing.assert_close(logits(again, fed), logits(captioner, fed), atol=1e-12, rtol=1e-12)
     assert model.stored_dtype(tmp_path / "out") == "float64"
+
+
+def test_export_command_verifies_and_tells_of_the_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A LoRA training of the sft command, exported from its adapter folder and from the run."""
+    tiny_checkpoint(tmp_path / "base")
+    fields = {
+        "model.path": str(tmp_path / "base"),
+        "sft.data": "scenes:sft:3",
+        "sft.validation": "none",
+        "sft.tuning.type": "lora",
+        "sft.tuning.parts": "merger",
+        "sft.training.log_steps": "1",
+        "sft.soft_prompt.length": "2",
+        "sft.training.steps": "2",
+        "sft.training.batch_size": "1",
+    }
+    config = load(None, fields)
+    run = tmp_path / "run"
+    assert sft.run(config, argparse.Namespace(run_dir=run, redo=False, gpus=1)) == 0
+    assert "lora_A" in capsys.readouterr().out
+    given = arguments(
+        run_dir=run, adapter=run / "sft" / "adapter", out=tmp_path / "out", verify=True, multiple=32
+    )
+    assert export.run(config, given) == 0
+    assert "verified on 4 prompts: logits differ by at most" in capsys.readouterr().out
+    card = (tmp_path / "out" / "README.md").read_text()
+    for part in ("## Verified", "## Training: sft", "sft.tuning.type | lora", "| loss |", "scenes:sft:3"):
+        assert part in card, part
+    assert str(tmp_path) not in card
+    assert (
+        json.loads((tmp_path / "out" / "config.json").read_text())["text_config"]["intermediate_size"] == 96
+    )
+    assert export.run(config, arguments(run_dir=run, out=tmp_path / "again", verify=True)) == 0
+    assert "differ by at most 0 of" in capsys.readouterr().out  # it was a stock checkpoint before
+
+
+def test_sequential_adapters_are_trained_and_not_exported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_checkpoint(tmp_path / "base")
+    fields = {
+        "model.path": str(tmp_path / "base"),
+        "sft.data": "scenes:sft:2",
+        "sft.validation": "none",
+        "sft.tuning.placement": "sequential",
+        "sft.training.steps": "1",
+        "sft.training.batch_size": "1",
+    }
+    config = load(None, fields)
+    assert sft.run(config, argparse.Namespace(run_dir=tmp_path / "run", redo=False, gpus=1)) == 0
+    assert "no part of a stock checkpoint" in capsys.readouterr().out
+    home = tmp_path / "run" / "sft"
+    assert (home / "stage.json").is_file() and not (home / "captioner").exists()
+    with pytest.raises(ConfigError, match="sequential adapter cannot be exported"):
+        export.run(config, arguments(adapter=home / "adapter", out=tmp_path / "out"))
+    with pytest.raises(RunError, match="no captioner yet"):
+        export.run(config, arguments(run_dir=tmp_path / "run", out=tmp_path / "out"))

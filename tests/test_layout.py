@@ -13,7 +13,7 @@ from loops.cli import COMMANDS
 REPO = Path(__file__).resolve().parent.parent
 LEVELS = (
     {"errors", "config", "records", "prompts", "runs", "scenes"},
-    {"views", "model", "adapters", "soft_prompt"},
+    {"views", "model", "adapters", "soft_prompt", "distributed"},
     {"render", "engines", "tool"},
     {"train", "qa", "golden", "planted", "pairs", "fuse", "metrics", "report", "formats"},
 )

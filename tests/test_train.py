@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,14 @@ from captioner.config import (
     AdapterTuning,
     Config,
     FullTuning,
+    LoraTuning,
     ModelConfig,
     SFTConfig,
     SoftPromptConfig,
     TrainingConfig,
     ViewsConfig,
 )
-from captioner.errors import DataError, RunError
+from captioner.errors import ConfigError, DataError, RunError
 from captioner.formats.folder import ImageRow, read_folder
 from captioner.model import Captioner
 from loops import sft as loop
@@ -44,8 +46,10 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> list[ImageRow]:
     return read_folder(folder)
 
 
-def prepared(tuning: Any = None, soft: int = 4, seed: int = 1) -> Captioner:
-    captioner = tiny_captioner()
+def prepared(
+    tuning: Any = None, soft: int = 4, seed: int = 1, dtype: torch.dtype = torch.float32
+) -> Captioner:
+    captioner = tiny_captioner(dtype=dtype)
     tuning = tuning or AdapterTuning(vision_width=4, language_width=4)
     train.tune(captioner, tuning, SoftPromptConfig(length=soft) if soft else None, seed)
     return captioner
@@ -148,9 +152,8 @@ def test_resumed_run_equals_an_uninterrupted_one(rows: list[ImageRow], tmp_path:
     def draw(index: int, rng: random.Random) -> Sequence[train.Target]:
         nonlocal seen
         seen += 1
-        if (
-            seen > 2 * 5 + 1
-        ):  # in the fifth step (batches are fetched one ahead), after the fourth's checkpoint
+        # lengths are checked once; in the fifth step (batches are fetched one ahead), after a checkpoint
+        if seen > len(rows) + 2 * 5 + 1:
             raise Killed
         return images.draw(index, rng)
 
@@ -270,7 +273,7 @@ def test_sft_command(tmp_path: Path) -> None:
         model=ModelConfig(path=str(tmp_path / "base")),
         sft=SFTConfig(data=("scenes:sft:4",), validation="scenes:validation:2", training=TRAINING),
     )
-    args = argparse.Namespace(run_dir=tmp_path / "run", redo=False)
+    args = argparse.Namespace(run_dir=tmp_path / "run", redo=False, gpus=1)
     assert loop.run(config, args) == 0
     out = tmp_path / "run" / "sft"
     names = {path.name for path in out.iterdir()}
@@ -288,3 +291,126 @@ def test_sft_command(tmp_path: Path) -> None:
     before = (out / "stage.json").read_bytes()
     assert loop.run(config, args) == 0  # done before: nothing happens
     assert (out / "stage.json").read_bytes() == before
+
+
+# ── training engineering ─────────────────────────────────────────────────────────────────────────────────
+
+
+def test_gradient_checkpointing_gives_the_same_losses(rows: list[ImageRow], tmp_path: Path) -> None:
+    for name, on in (("a", False), ("b", True)):
+        captioner = prepared()
+        runs: list[int] = []
+        layer = captioner.layers["language"][0].get_submodule("mlp")
+        layer.register_forward_pre_hook(lambda *_, runs=runs: runs.append(1))
+        (tmp_path / name).mkdir()
+        fit(captioner, rows, tmp_path / name, TRAINING.model_copy(update={"gradient_checkpointing": on}))
+        assert len(runs) == TRAINING.steps * (2 if on else 1)
+        assert not captioner.model.is_gradient_checkpointing
+    assert logged(tmp_path / "b") == pytest.approx(logged(tmp_path / "a"), abs=1e-4)
+
+
+def test_early_stop_keeps_the_best(
+    rows: list[ImageRow], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = {2: 3.0, 4: 1.0, 6: 2.0, 8: 1.5, 10: 0.5}
+    seen: dict[int, dict[str, torch.Tensor]] = {}
+    captioner = prepared()
+
+    def validation_loss(*_: Any) -> float:
+        step = 2 * len(seen) + 2
+        seen[step] = state(captioner)
+        return losses[step]
+
+    monkeypatch.setattr(train, "validation_loss", validation_loss)
+    training = TRAINING.model_copy(update={"steps": 12, "patience": 2})
+    images = loop.training_images(rows, SETTINGS)
+    metrics = fit(captioner, rows, tmp_path, training, validation=images)
+    assert list(seen) == [2, 4, 6, 8]  # 6 and 8 are no better than 4
+    assert logged(tmp_path, "validation_loss") == [3.0, 1.0, 2.0, 1.5]
+    assert (metrics["validation_loss"], metrics["best_step"]) == (1.0, 4)
+    assert all(torch.equal(value, seen[4][name]) for name, value in state(captioner).items())
+    assert any(not torch.equal(value, seen[8][name]) for name, value in state(captioner).items())
+    with pytest.raises(ConfigError, match="needs a validation loss"):
+        fit(prepared(), rows, tmp_path / "none", training)
+
+
+def test_a_validation_missed_by_a_killed_process_is_made_up_for(rows: list[ImageRow], tmp_path: Path) -> None:
+    images = loop.training_images(rows, SETTINGS)
+    fit(prepared(), rows, tmp_path, validation=images)
+    file = tmp_path / "metrics.jsonl"
+    whole = file.read_text()
+    # killed between the checkpoint of step 4 and its validation
+    kept = [line for line in whole.splitlines() if json.loads(line)["step"] <= 4][:-1]
+    file.write_text("".join(line + "\n" for line in kept))
+    shutil.rmtree(tmp_path / "checkpoints" / "checkpoint-6")
+    fit(prepared(), rows, tmp_path, validation=images)
+    again, first = map(logged, (tmp_path, tmp_path), ("validation_loss", "loss"))
+    lines = [json.loads(line) for line in whole.splitlines()]
+    assert again == pytest.approx([line["validation_loss"] for line in lines if "validation_loss" in line])
+    assert first == pytest.approx([line["loss"] for line in lines if "loss" in line], abs=1e-4)
+
+
+def test_a_tracker_gets_what_metrics_jsonl_gets(
+    rows: list[ImageRow], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.integrations import integration_utils
+
+    told: list[dict[str, float]] = []
+
+    class Tracker(train.TrainerCallback):
+        def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
+            told.append(dict(logs))
+
+    training = TRAINING.model_copy(update={"report_to": ("tensorboard",)})
+    with pytest.raises(ConfigError, match="tensorboard is not installed"):
+        monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
+        fit(prepared(), rows, tmp_path, training)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name: True)
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "tensorboard", Tracker)
+    fit(prepared(), rows, tmp_path, training, validation=loop.training_images(rows, SETTINGS))
+    for name in ("loss", "validation_loss"):
+        assert [logs[name] for logs in told if name in logs] == logged(tmp_path, name)
+
+
+def test_bfloat16_weights_train_in_float32_and_nothing_else_does(
+    rows: list[ImageRow], tmp_path: Path
+) -> None:
+    tuning = LoraTuning(rank=2, parts=("merger",))
+    captioner = prepared(tuning, dtype=torch.bfloat16)
+    during: set[tuple[bool, torch.dtype]] = set()
+    layer = captioner.layers["language"][0].get_submodule("mlp")
+    layer.register_forward_pre_hook(
+        lambda *_: during.update(
+            (p.requires_grad, p.dtype) for n, p in captioner.model.named_parameters() if n[-5:] != ".soft"
+        )
+    )
+    moving = {name: p for name, p in state(captioner).items() if "merger" in name and "visual" in name}
+    fit(captioner, rows, tmp_path)
+    assert during == {(True, torch.float32), (False, torch.bfloat16)}
+    after = state(captioner)
+    assert all(after[name].dtype == torch.bfloat16 for name in moving)
+    assert any(not torch.equal(after[name], value) for name, value in moving.items())
+
+    captioner = prepared(dtype=torch.bfloat16)
+    captioner.visual.get_submodule("merger").float()
+    with pytest.raises(RunError, match=r"frozen parameters are torch\.float32") as caught:
+        fit(captioner, rows, tmp_path / "odd")
+    assert "merger" in caught.value.where
+
+
+def test_captions_beyond_the_models_reach_are_counted_and_named_at_once(rows: list[ImageRow]) -> None:
+    captioner = prepared()
+    renderer = render.Renderer(captioner, ViewsConfig())
+    long = [ImageRow(f"long-{i}", rows[i].path, "gray, " * 60, questions=rows[i].questions) for i in range(2)]
+    images = loop.training_images([*rows, *long], SETTINGS)
+    collator = train.Collator(renderer, images, 0, 2)
+    collator.check_lengths()
+    _, grid = renderer.patches_batch([collator._image(0)])[0]
+    reach = renderer.prefix(grid, renderer.tags()).next_position
+    fits = reach + len(renderer.branch_ids(None, "gray, " * 60)[0])
+    collator.longest = fits
+    collator.check_lengths()  # exactly to the end
+    collator.longest = fits - 1
+    with pytest.raises(DataError, match="2 of 9 images have captions that do not fit") as caught:
+        collator.check_lengths()
+    assert caught.value.where == "long-0, long-1"

@@ -1,0 +1,76 @@
+"""What the studies of tuning and views share: train a captioner, caption scenes, remember what is done."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from captioner import metrics
+from captioner.config import Config, SamplingConfig
+from captioner.formats import resolve
+from captioner.formats.folder import ImageRow, read_folder
+from captioner.metrics import Counts
+from captioner.runs import Run, atomic_write_json
+from loops import sft
+
+if TYPE_CHECKING:
+    from captioner.engines.hf import HFEngine
+    from captioner.model import Captioner
+
+Metrics = dict[str, float]
+
+
+def remembered(work: Path, arm: str, compute: Callable[[Path], Metrics]) -> Metrics:
+    """The metrics of an arm; a killed study finds those it had. ``compute`` gets a directory of its own."""
+    home = work / re.sub(r"\W+", "-", arm)
+    done = home / "metrics.json"
+    if done.is_file():
+        found: Metrics = json.loads(done.read_text(encoding="utf-8"))
+        return found
+    home.mkdir(exist_ok=True)
+    found = {name: value for name, value in compute(home).items() if value == value}  # NaN: undefined
+    atomic_write_json(done, found)
+    return found
+
+
+def images(config: Config, work: Path, source: str) -> list[ImageRow]:
+    """The images of ``source``, drawn with the config's seed."""
+    return read_folder(resolve(source, Run.open(work / "run", config)))
+
+
+def train(config: Config, work: Path, home: Path) -> Captioner:
+    """The captioner that ``config.sft`` makes, in memory: what cannot be exported can be measured."""
+    from captioner import model, render, train
+
+    section = config.sft
+    rows = [row for source in section.data for row in images(config, work, source)]
+    seed = config.seed + section.training.seed
+    captioner = model.load(config.model)
+    train.tune(captioner, section.tuning, section.soft_prompt, seed)
+    renderer = render.Renderer(captioner, config.views)
+    captioner.views = renderer.config
+    training = section.training.model_copy(update={"seed": seed})
+    train.train_sft(captioner, renderer, sft.training_images(rows, section), training, home)
+    return captioner
+
+
+def caption(engine: HFEngine, rows: Sequence[ImageRow], max_tokens: int, prose: bool = False) -> list[Counts]:
+    """The counts of greedy captions of scenes."""
+    from captioner.engines import CaptionRequest
+
+    requests = [CaptionRequest(row.key, row.path, row.key) for row in rows]
+    greedy = SamplingConfig(temperature=0.0, max_tokens=max_tokens)
+    said = [candidates[0] for candidates in engine.sample(requests, 1, greedy)]
+    return [
+        metrics.count(row.key, c.text, row.facts, finish_reason=c.finish_reason, tokens=c.tokens, prose=prose)
+        for row, c in zip(rows, said, strict=True)
+    ]
+
+
+def share(counts: Sequence[Counts], grouping: str, group: str) -> float:
+    """One of ``metrics.breakdown``, NaN where there is nothing of the group."""
+    groups = metrics.breakdown(counts, resamples=1).get(grouping, {})
+    return groups[group].value if group in groups else float("nan")

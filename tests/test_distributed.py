@@ -1,0 +1,119 @@
+"""Several processes train as one: real processes, gloo on the CPU."""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from captioner import distributed
+from captioner.config import Config, load
+from captioner.errors import ConfigError
+from loops import sft
+from loops.cli import main
+from tests.tiny import tiny_checkpoint
+
+FIELDS = {
+    "model.device": "cpu",
+    "sft.data": "scenes:sft:11",
+    "sft.validation": "scenes:validation:5",
+    "sft.columns": "shorthand,questions",
+    "sft.questions_per_image": "2",
+    "sft.multi_view_share": "0.5",
+    "sft.soft_prompt.length": "3",
+    "sft.training.steps": "16",
+    "sft.training.batch_size": "1",
+    "sft.training.learning_rate": "3e-3",
+    "sft.training.save_steps": "4",
+    "sft.training.log_steps": "1",
+}
+MAIN = "import sys; from loops.cli import main; sys.exit(main(sys.argv[1:]))"
+
+
+def start(run: Path, fields: dict[str, str], *words: str) -> subprocess.Popen[str]:
+    flags = [word for name, value in fields.items() for word in (f"--{name}", value)]
+    command = [sys.executable, "-c", MAIN, "sft", "--run", str(run), *flags, *words]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def logged(run: Path, name: str) -> list[float]:
+    lines = map(json.loads, (run / "sft" / "metrics.jsonl").read_text().splitlines())
+    return [line[name] for line in lines if name in line]
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the ranks in /proc")
+def test_two_processes_equal_one_with_twice_the_accumulation_and_a_killed_rank_stops_both(
+    tmp_path: Path,
+) -> None:
+    tiny_checkpoint(tmp_path / "base")
+    fields = FIELDS | {"model.path": str(tmp_path / "base")}
+    one: Config = load(None, fields | {"sft.training.accumulation": "2"})
+    assert sft.run(one, argparse.Namespace(run_dir=tmp_path / "one", redo=False, gpus=1)) == 0
+
+    two = start(tmp_path / "two", fields, "--gpus", "2")
+    while two.poll() is None and not list((tmp_path / "two").glob("sft/checkpoints/*/trainer_state.json")):
+        time.sleep(0.01)
+    ranks = children(two.pid)
+    os.kill(ranks[1], signal.SIGKILL)
+    _, said = two.communicate(timeout=400)
+    assert two.returncode == 2, said
+    assert said.splitlines() == [
+        "rank 1 of 2 was killed by signal 9; the others were stopped",
+        "  mend:  the same command goes on from the last checkpoint",
+    ]
+    assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
+
+    again = start(tmp_path / "two", fields, "--gpus", "2")
+    told, said = again.communicate(timeout=400)
+    assert again.returncode == 0, said
+    assert "resuming from step" in told and told.count("trained parameters:") == 1
+    for name in ("loss", "validation_loss"):
+        expected = logged(tmp_path / "one", name)
+        assert len(expected) == (16 if name == "loss" else 4)
+        # metrics.jsonl has losses rounded to four decimals, validation losses in full
+        assert logged(tmp_path / "two", name) == pytest.approx(expected, abs=1.01e-4, rel=1e-5)
+    assert logged(tmp_path / "two", "validation_loss") == pytest.approx(
+        logged(tmp_path / "one", "validation_loss"), rel=1e-5
+    )
+
+
+def test_a_message_of_another_rank_is_passed_on(tmp_path: Path) -> None:
+    """Two images, the second of which cannot be read; with a batch of one it is rank 0's or rank 1's."""
+    tiny_checkpoint(tmp_path / "base")
+    from captioner import scenes
+
+    scenes.write("sft", 2, tmp_path / "images")
+    bad = sorted((tmp_path / "images" / "images").glob("*.png"))[1]
+    bad.write_bytes(b"no image")
+    fields = FIELDS | {"model.path": str(tmp_path / "base"), "sft.data": str(tmp_path / "images")}
+    broken = start(tmp_path / "run", fields | {"sft.validation": "none"}, "--gpus", "2")
+    _, said = broken.communicate(timeout=400)
+    assert broken.returncode == 2
+    assert said.count("bad image") == 1 and str(bad) in said and "Traceback" not in said
+
+
+def test_fewer_gpus_than_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    with pytest.raises(ConfigError, match="--gpus 3, and there are 1") as caught:
+        distributed.launch(3, "auto")
+    assert caught.value.mend == "--gpus 1"
+
+
+def test_other_commands_refuse_several_processes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["qa", "--round", "1"]) == 2
+    assert "captioner qa runs in one process" in capsys.readouterr().err
