@@ -44,8 +44,8 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> list[ImageRow]:
     return read_folder(folder)
 
 
-def prepared(tuning: Any = None, soft: int = 4, seed: int = 1) -> Captioner:
-    captioner = tiny_captioner()
+def prepared(tuning: Any = None, soft: int = 4, seed: int = 1, family: str = "qwen3_vl") -> Captioner:
+    captioner = tiny_captioner(family)
     tuning = tuning or AdapterTuning(vision_width=4, language_width=4)
     train.tune(captioner, tuning, SoftPromptConfig(length=soft) if soft else None, seed)
     return captioner
