@@ -203,7 +203,7 @@ class PairsConfig(Section):
     """Share of tokens that chosen and rejected may have in common, in order; above it the pair is dropped."""
     max_dropped: float = Field(0.2, ge=0, le=1)
     """Share of the pairs that the linter may drop before the command exits 3."""
-    max_length_ratio: float = Field(1.5, ge=1)
+    max_length_ratio: float = Field(2.0, ge=1)
     """Most that mean tokens of chosen and of rejected may differ by, as a factor, before it exits 3."""
 
 

@@ -33,11 +33,8 @@ def run(config: Config, args: argparse.Namespace) -> int:
     images = _images(_done(run, args.round, "candidates"))
     section = {"dpo": config.dpo, "pairs": config.pairs, "views": config.views, "dtype": config.model.dtype}
     inputs = {"captioner": start, "golden": golden, "pairs": pairs, "images": images}
-    verdicts: dict[str, dict[str, str]] = {}
-    if (config.dpo.refuted_weight, config.dpo.confirmed_weight) != (1.0, 1.0):
+    if weighted := (config.dpo.refuted_weight, config.dpo.confirmed_weight) != (1.0, 1.0):
         inputs["claims"] = _done(run, args.round, "claims")
-        for claim in Shards(inputs["claims"], Claim).read_all():
-            verdicts.setdefault(claim.key, {})[normalise(claim.text)] = claim.verdict
     origin = run.captioner_dir(0) if config.dpo.alarms.every and config.dpo.alarms.max_kl else None
     if origin:
         inputs["origin"] = origin
@@ -59,7 +56,8 @@ def run(config: Config, args: argparse.Namespace) -> int:
         captions = Shards(golden, Golden).read_all()
         if not reference.is_dir():
             metrics = golden_sft(config, start, captions, paths, stage.dir / "golden-sft", reference)
-    metrics |= prefer(config, reference, rows, paths, stage.dir, home / "captioner", origin, verdicts)
+    judged = verdicts(inputs["claims"]) if weighted else {}
+    metrics |= prefer(config, reference, rows, paths, stage.dir, home / "captioner", origin, judged)
     shutil.rmtree(stage.dir / "golden-sft" / "checkpoints", ignore_errors=True)
     shutil.rmtree(stage.dir / "checkpoints")
     steps = config.dpo.training.steps
@@ -93,6 +91,14 @@ def linted(run: Run, rows: Sequence[Pair], checkpoint: Path) -> tuple[list[Pair]
         return tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
 
     return pairing.lint(rows, token_ids, held_out, run.config.pairs)
+
+
+def verdicts(claims: Path) -> dict[str, dict[str, str]]:
+    """The verdict on each statement (normalised) of each image, from the claims of a round."""
+    found: dict[str, dict[str, str]] = {}
+    for claim in Shards(claims, Claim).read_all():
+        found.setdefault(claim.key, {})[normalise(claim.text)] = claim.verdict
+    return found
 
 
 def _short(count: float) -> str:

@@ -1,0 +1,102 @@
+"""Which preference loss keeps a captioner whole, and is a short SFT on golden captions needed first?
+
+One round per seed: SFT captioner, verifier, samples, golden captions and pairs are made once, and every arm
+trains on those pairs from the same start. *Collapsed* is the share of seeds in which what the captioner
+writes sets off the alarms' rules (`dpo.alarms`; they are measured here and stop nothing) or recall halves.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from captioner import alarms
+from captioner.config import Config
+from captioner.formats.folder import read_folder
+from captioner.records import CaptionRow, Golden, Pair
+from captioner.runs import Run, Shards, remove_dir
+from loops import dpo, evaluate, golden, qa, sft
+from loops.iterate import arguments
+
+COLUMNS = {
+    "collapsed": "collapsed",
+    "precision": "precision",
+    "recall": "recall",
+    "ended": "ended",
+    "repeated": "repeated",
+    "tokens": "tokens",
+    "chosen": "log p(chosen) − reference",
+    "rejected": "log p(rejected) − reference",
+}
+PAIRED = "golden SFT alone"
+START = "SFT captioner"
+_CE: dict[str, Any] = {"ce_weight": 1.0}
+_PLAIN: dict[str, Any] = {"ce_weight": 0.0}
+# arm -> whether golden SFT comes first, and the changes to the dpo section
+ARMS: dict[str, tuple[bool, dict[str, Any]]] = {
+    "DPO, no golden SFT": (False, _PLAIN),
+    "DPO + CE, no golden SFT": (False, _CE),
+    "DPO + CE + anchor, no golden SFT": (False, _CE | {"anchor_weight": 1.0}),
+    "DPO": (True, _PLAIN),
+    "hinge": (True, _PLAIN | {"loss": ("hinge",)}),
+    "IPO": (True, _PLAIN | {"loss": ("ipo",)}),
+    "KTO": (True, _PLAIN | {"loss": ("kto",)}),
+    "DPO + CE": (True, _CE),
+    "DPO + CE + anchor": (True, _CE | {"anchor_weight": 1.0}),
+    "DPO + CE, refuted tokens × 3": (True, _CE | {"refuted_weight": 3.0}),
+    "DPO + CE, confirmed tokens × 0.3": (True, _CE | {"confirmed_weight": 0.3}),
+    "DPO + CE + image term": (True, _CE | {"image_weight": 1.0}),
+    "DPO + CE, length margin 0.01": (True, _CE | {"length_margin": 0.01}),
+    "DPO + CE, β 0.03": (True, _CE | {"beta": 0.03}),
+    "DPO + CE, β 0.3": (True, _CE | {"beta": 0.3}),
+    "DPO + CE, CE × 0.1": (True, {"ce_weight": 0.1}),
+    "DPO + CE, CE × 3": (True, {"ce_weight": 3.0}),
+}
+
+
+def measure(config: Config, work: Path) -> Iterator[tuple[str, dict[str, float]]]:
+    args = Namespace(run_dir=work / "run", redo=False)
+    for step in (sft, qa, golden):
+        step.run(config, arguments(step, args, round=1))
+    run = Run.open(work / "run", config, create=False)
+    home, start = run.stage_dir("round-1"), run.captioner_dir(0)
+    images = evaluate.round_images(home)
+    assert images is not None
+    paths = {row.key: row.path for row in read_folder(images, captions=False)}
+    pairs, _ = dpo.linted(run, Shards(home / "pairs", Pair).read_all(), start)
+    verdicts = dpo.verdicts(home / "claims")
+    reference = work / "reference"
+    if not reference.is_dir():
+        captions = Shards(home / "golden", Golden).read_all()
+        dpo.golden_sft(config, start, captions, paths, work / "golden-sft", reference)
+    first, base = _score(run, START, start, {})
+    yield START, first
+    yield PAIRED, _score(run, PAIRED, reference, base)[0]
+    for arm, (golden_first, changes) in ARMS.items():
+        begin, out = (reference if golden_first else start), work / "arm"
+        silent = {"alarms": config.dpo.alarms.model_copy(update={"every": 0, "chosen_below": 0})}
+        settings = config.model_copy(update={"dpo": config.dpo.model_copy(update=silent | changes)})
+        remove_dir(out)
+        out.mkdir()
+        trained = dpo.prefer(settings, begin, pairs, paths, out, out / "captioner", None, verdicts)
+        moved = {name: trained[f"rewards/{name}"] / settings.dpo.beta for name in ("chosen", "rejected")}
+        yield arm, _score(run, arm, out / "captioner", base)[0] | moved
+
+
+def _score(
+    run: Run, name: str, checkpoint: Path, base: dict[str, float]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Scores on the test images, and what the captions are like; ``base`` is the latter of the start."""
+    entry = evaluate.Entry(name, checkpoint)
+    summary, _ = evaluate.evaluate(run, [entry], run.config.evaluate.data)
+    [one] = summary["captioners"]
+    scores = {key: x["value"] for key, x in one["metrics"].items() if x["value"] is not None}
+    rows = Shards(run.path / one["captions"], CaptionRow).read_all()
+    like = {key: scores[key] for key in ("ended", "repeated", "tokens")}
+    like |= {"recall": scores["recall"], "unique": len({row.caption for row in rows}) / len(rows)}
+    if base:
+        wrong = alarms.changed(base, like, run.config.dpo.alarms)
+        scores["collapsed"] = float(bool(wrong) or like["recall"] < base["recall"] / 2)
+    return {key: scores[key] for key in COLUMNS if key in scores}, like
