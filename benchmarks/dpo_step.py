@@ -44,7 +44,8 @@ def main() -> None:
             one = found[kind]
             print(
                 f"{rejected} rejected, {kind:6}: {one['pairs_s']:.2f} pairs/s, "
-                f"peak {one['peak_mib']:.0f} MiB (prompt {one['prompt']} tokens, caption {one['caption']}), {one['device']}",
+                f"peak {one['peak_mib']:.0f} MiB (prompt {one['prompt']} tokens, caption {one['caption']}), "
+                f"{one['device']}",
                 flush=True,
             )
         stock, shared = found["stock"], found["shared"]

@@ -258,6 +258,8 @@ class DPOConfig(Section):
     """SFT steps on golden captions before DPO; the result is the round's reference. 0 = off."""
     golden_sft_learning_rate: float = Field(1e-3, gt=0)
     """Peak rate of that SFT."""
+    golden_sft_samples: int = Field(0, ge=0)
+    """Rejected samples of each image that this SFT learns beside its golden caption; 0 = golden alone."""
     tuning: AdapterTuning = AdapterTuning()
     training: TrainingConfig = TrainingConfig(steps=40, batch_size=8, learning_rate=3e-4, save_steps=20)
     alarms: AlarmsConfig = AlarmsConfig()
@@ -285,11 +287,11 @@ class EvaluateConfig(Section):
 
 
 class GateConfig(Section):
-    data: str = "scenes:validation:128"
+    data: str = "scenes:validation:256"
     """Held-out images on which a round is compared with its start."""
     max_hallucinated_rise: float = Field(0.01, ge=0)
     """Rise of the share of false statements that must be ruled out: the interval's upper end."""
-    max_recall_loss: float = Field(0.02, ge=0)
+    max_recall_loss: float = Field(0.03, ge=0)
     """Recall at equal length that a round may lose: the loss ruled out by the interval (1 = all)."""
     max_whole_recall_loss: float = Field(0.05, ge=0)
     """The same for recall of the whole captions, which shorter captions lower."""

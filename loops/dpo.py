@@ -55,7 +55,7 @@ def run(config: Config, args: argparse.Namespace) -> int:
         reference = stage.dir / "reference"
         captions = Shards(golden, Golden).read_all()
         if not reference.is_dir():
-            metrics = golden_sft(config, start, captions, paths, stage.dir / "golden-sft", reference)
+            metrics = golden_sft(config, start, captions, rows, paths, stage.dir / "golden-sft", reference)
     judged = verdicts(inputs["claims"]) if weighted else {}
     metrics |= prefer(config, reference, rows, paths, stage.dir, home / "captioner", origin, judged)
     shutil.rmtree(stage.dir / "golden-sft" / "checkpoints", ignore_errors=True)
@@ -109,18 +109,27 @@ def golden_sft(
     config: Config,
     start: Path,
     captions: Sequence[Golden],
+    pairs: Sequence[Pair],
     paths: dict[str, Path],
     out: Path,
     reference: Path,
 ) -> dict[str, float]:
-    """A short SFT on the golden captions; publishes the round's reference."""
+    """A short SFT on the golden captions, and on ``golden_sft_samples`` rejected ones of each image.
+
+    Publishes the round's reference. A golden caption is not the captioner's own; before it has learned it,
+    DPO would push it where it never goes (Yang et al. 2025, OPA-DPO, arXiv 2501.09695).
+    """
     from captioner import fuse, model, render, train
 
     dpo = config.dpo
     training = _seeded(config, steps=dpo.golden_sft_steps, learning_rate=dpo.golden_sft_learning_rate)
     captioner = model.load(config.model.model_copy(update={"path": str(start)}))
     train.tune(captioner, dpo.tuning, None, training.seed)
-    targets = [[train.Target(None, golden.text)] for golden in captions]
+    own: dict[str, list[str]] = {}
+    for pair in pairs:
+        own.setdefault(pair.key, []).append(pair.rejected)
+    said = [[golden.text, *own.get(golden.key, [])[: dpo.golden_sft_samples]] for golden in captions]
+    targets = [[train.Target(None, text) for text in texts] for texts in said]
     keys = [golden.key for golden in captions]
     images = train.TrainingImages(keys, [paths[key] for key in keys], lambda index, _rng: targets[index])
     out.mkdir(exist_ok=True)

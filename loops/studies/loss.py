@@ -31,28 +31,31 @@ COLUMNS = {
     "rejected": "log p(rejected) − reference",
 }
 PAIRED = "golden SFT alone"
+OWN = "golden SFT on two own samples, too"
+NONE = "no golden SFT"
 START = "SFT captioner"
 _CE: dict[str, Any] = {"ce_weight": 1.0}
 _PLAIN: dict[str, Any] = {"ce_weight": 0.0}
-# arm -> whether golden SFT comes first, and the changes to the dpo section
-ARMS: dict[str, tuple[bool, dict[str, Any]]] = {
-    "DPO, no golden SFT": (False, _PLAIN),
-    "DPO + CE, no golden SFT": (False, _CE),
-    "DPO + CE + anchor, no golden SFT": (False, _CE | {"anchor_weight": 1.0}),
-    "DPO": (True, _PLAIN),
-    "hinge": (True, _PLAIN | {"loss": ("hinge",)}),
-    "IPO": (True, _PLAIN | {"loss": ("ipo",)}),
-    "KTO": (True, _PLAIN | {"loss": ("kto",)}),
-    "DPO + CE": (True, _CE),
-    "DPO + CE + anchor": (True, _CE | {"anchor_weight": 1.0}),
-    "DPO + CE, refuted tokens × 3": (True, _CE | {"refuted_weight": 3.0}),
-    "DPO + CE, confirmed tokens × 0.3": (True, _CE | {"confirmed_weight": 0.3}),
-    "DPO + CE + image term": (True, _CE | {"image_weight": 1.0}),
-    "DPO + CE, length margin 0.01": (True, _CE | {"length_margin": 0.01}),
-    "DPO + CE, β 0.03": (True, _CE | {"beta": 0.03}),
-    "DPO + CE, β 0.3": (True, _CE | {"beta": 0.3}),
-    "DPO + CE, CE × 0.1": (True, {"ce_weight": 0.1}),
-    "DPO + CE, CE × 3": (True, {"ce_weight": 3.0}),
+# arm -> what it starts from, and the changes to the dpo section
+ARMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "DPO, no golden SFT": (NONE, _PLAIN),
+    "DPO + CE, no golden SFT": (NONE, _CE),
+    "DPO + CE + anchor, no golden SFT": (NONE, _CE | {"anchor_weight": 1.0}),
+    "DPO": (PAIRED, _PLAIN),
+    "hinge": (PAIRED, _PLAIN | {"loss": ("hinge",)}),
+    "IPO": (PAIRED, _PLAIN | {"loss": ("ipo",)}),
+    "KTO": (PAIRED, _PLAIN | {"loss": ("kto",)}),
+    "DPO + CE": (PAIRED, _CE),
+    "DPO + CE after own samples, too": (OWN, _CE),
+    "DPO + CE + anchor": (PAIRED, _CE | {"anchor_weight": 1.0}),
+    "DPO + CE, refuted tokens × 3": (PAIRED, _CE | {"refuted_weight": 3.0}),
+    "DPO + CE, confirmed tokens × 0.3": (PAIRED, _CE | {"confirmed_weight": 0.3}),
+    "DPO + CE + image term": (PAIRED, _CE | {"image_weight": 1.0}),
+    "DPO + CE, length margin 0.01": (PAIRED, _CE | {"length_margin": 0.01}),
+    "DPO + CE, β 0.03": (PAIRED, _CE | {"beta": 0.03}),
+    "DPO + CE, β 0.3": (PAIRED, _CE | {"beta": 0.3}),
+    "DPO + CE, CE × 0.1": (PAIRED, {"ce_weight": 0.1}),
+    "DPO + CE, CE × 3": (PAIRED, {"ce_weight": 3.0}),
 }
 
 
@@ -67,20 +70,25 @@ def measure(config: Config, work: Path) -> Iterator[tuple[str, dict[str, float]]
     paths = {row.key: row.path for row in read_folder(images, captions=False)}
     pairs, _ = dpo.linted(run, Shards(home / "pairs", Pair).read_all(), start)
     verdicts = dpo.verdicts(home / "claims")
-    reference = work / "reference"
-    if not reference.is_dir():
-        captions = Shards(home / "golden", Golden).read_all()
-        dpo.golden_sft(config, start, captions, paths, work / "golden-sft", reference)
+    captions = Shards(home / "golden", Golden).read_all()
     first, base = _score(run, START, start, {})
     yield START, first
-    yield PAIRED, _score(run, PAIRED, reference, base)[0]
-    for arm, (golden_first, changes) in ARMS.items():
-        begin, out = (reference if golden_first else start), work / "arm"
+    starts = {NONE: start}
+    for name, samples in ((PAIRED, 0), (OWN, 2)):
+        starts[name] = work / name.replace(" ", "-")
+        learned = config.dpo.model_copy(update={"golden_sft_samples": samples})
+        if not starts[name].is_dir():
+            settings = config.model_copy(update={"dpo": learned})
+            dpo.golden_sft(settings, start, captions, pairs, paths, work / "golden-sft", starts[name])
+            remove_dir(work / "golden-sft")  # its checkpoints would be gone on from
+        yield name, _score(run, name, starts[name], base)[0]
+    for arm, (begin, changes) in ARMS.items():
+        out = work / "arm"
         silent = {"alarms": config.dpo.alarms.model_copy(update={"every": 0, "chosen_below": 0})}
         settings = config.model_copy(update={"dpo": config.dpo.model_copy(update=silent | changes)})
         remove_dir(out)
         out.mkdir()
-        trained = dpo.prefer(settings, begin, pairs, paths, out, out / "captioner", None, verdicts)
+        trained = dpo.prefer(settings, starts[begin], pairs, paths, out, out / "captioner", None, verdicts)
         moved = {name: trained[f"rewards/{name}"] / settings.dpo.beta for name in ("chosen", "rejected")}
         yield arm, _score(run, arm, out / "captioner", base)[0] | moved
 
