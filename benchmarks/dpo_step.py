@@ -7,7 +7,8 @@ losses (sigmoid and sft), full fine-tuning with AdamW, float32 on a CPU and bflo
 trainer gets the six views as six images and computes its reference from a second model in every step, as it
 does for images; ours computes it once before, and that time is counted too. Each of the four cases runs in a
 process of its own; peak memory is that of the process on a CPU, of the allocator on CUDA, above what is
-there before the model is loaded.
+there before the model is loaded. Seconds are those of the processor on a CPU, so that other work on the
+machine does not count, and of the clock on CUDA.
 """
 
 from __future__ import annotations
@@ -91,6 +92,15 @@ def measure(kind: str, rejected: str, images: str, steps: int, hidden: int) -> d
         }
 
 
+def now() -> float:
+    import torch
+
+    if not torch.cuda.is_available():
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.monotonic()
+
+
 def memory(peak: bool = False) -> float:
     """MiB that this process holds, or has held at most."""
     import torch
@@ -116,9 +126,9 @@ def shared(
     with preference.shared_prefix(captioner) as seen:
         trainer = train.make_trainer(preference._DPO, captioner, collator, args, ticks(clock))
         trainer.seen, trainer.dpo = seen, dpo
-        start = time.monotonic()
+        start = now()
         collator.reference = preference.by_image(preference.score(trainer, pairs, "", training.batch_size))
-        took = time.monotonic() - start
+        took = now() - start
         trainer.train()
     return took
 
@@ -162,7 +172,7 @@ def ticks(clock: list[float]) -> Any:
 
     class Ticks(TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            clock.append(time.monotonic())
+            clock.append(now())
 
     return Ticks()
 

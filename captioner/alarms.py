@@ -118,12 +118,12 @@ class Alarms(TrainerCallback):
 
     def begin(
         self,
-        rewards: Callable[[], Sequence[float]],
+        chosen: Callable[[], float],
         write: Callable[[int, dict[str, float]], None],
         resumed: bool,
     ) -> None:
-        """``rewards`` gives the chosen captions' rewards of the last steps, ``write`` keeps what is seen."""
-        self.rewards, self.write = rewards, write
+        """``chosen`` gives the last step's mean log p(chosen) - reference; ``write`` keeps what is seen."""
+        self.chosen, self.write = chosen, write
         if self.config.every and not (resumed and self.file.is_file()):
             atomic_write_json(self.file, self.look())
         self.start: dict[str, float] = json.loads(self.file.read_text()) if self.config.every else {}
@@ -140,7 +140,7 @@ class Alarms(TrainerCallback):
 
     def on_step_end(self, _args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         step, config = state.global_step, self.config
-        self.below = self.below + 1 if self.rewards()[-1] < 0 else 0
+        self.below = self.below + 1 if self.chosen() < -config.max_chosen_fall else 0
         if config.chosen_below and self.below >= config.chosen_below:
             self.ring(
                 step, f"for {self.below} steps the chosen captions were less likely than under the reference"

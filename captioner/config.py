@@ -231,6 +231,8 @@ class AlarmsConfig(Section):
     """Kullback-Leibler divergence from the SFT captioner, nats a token of golden captions; None = off."""
     chosen_below: int = Field(10, ge=0)
     """Steps in a row with chosen captions less likely than under the reference; 0 = off."""
+    max_chosen_fall: float = Field(1.0, ge=0)
+    """By how much less, nats a caption (mean of a batch)."""
 
 
 class DPOConfig(Section):

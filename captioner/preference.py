@@ -407,7 +407,7 @@ def train_preference(
     def prepare(trainer: Any, log: Any, resumed: bool) -> None:
         trainer.seen, trainer.dpo = seen, dpo
         collator.reference = by_image(_reference(trainer, pairs, weights, out))
-        watch.begin(lambda: trainer._metrics["train"]["rewards/chosen"], log.write, resumed)
+        watch.begin(lambda: trainer._metrics["train"]["rewards/chosen"][-1] / dpo.beta, log.write, resumed)
         trainer.add_callback(watch)
 
     kind = _KTO if "kto" in dpo.loss else _DPO

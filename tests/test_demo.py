@@ -21,8 +21,9 @@ SMALL = {
     "sft": {"data": ["scenes:sft:8"], "validation": "scenes:validation:4", "training": TRAINING},
     "qa": {"data": "scenes:qa:8", "questions_per_image": 4, "language_width": 8, "training": TRAINING},
     "golden": {"images": "scenes:round:6", "samples": 3, "sampling": {"max_tokens": 24}, "max_questions": 8},
-    "pairs": {"min_refuted": 0},
-    "dpo": {"golden_sft_steps": 2, "training": TRAINING},
+    # hardly a sample of a random model ends by itself
+    "pairs": {"min_refuted": 0, "max_dropped": 1.0, "max_length_ratio": 100.0},
+    "dpo": {"golden_sft_steps": 2, "training": TRAINING, "alarms": {"images": 2, "max_tokens": 8}},
     "evaluate": {"data": "scenes:test:4", "max_tokens": 24, "bootstrap": 100},
     "gate": {"data": "scenes:validation:4", "max_recall_loss": 1.0, "min_ended": 0.0},
 }
