@@ -73,7 +73,7 @@ class TrainingConfig(Section):
     steps: int = Field(200, ge=1)
     """Optimizer steps."""
     batch_size: int = Field(16, ge=1)
-    """Images (pairs for DPO) a device sees at once."""
+    """Images a device sees at once; with all their pairs in preference training."""
     accumulation: int = Field(1, ge=1)
     """Batches per optimizer step."""
     learning_rate: float = Field(1e-3, gt=0)

@@ -363,16 +363,6 @@ def arguments(
     return DPOConfig(loss_type=types, loss_weights=weights, label_smoothing=dpo.label_smoothing, **own)
 
 
-def make_trainer(
-    captioner: Captioner, collator: PairCollator, args: Any, seen: Seen, *callbacks: Any
-) -> _DPO | _KTO:
-    """The trainer that ``collator.dpo`` asks for; ``seen`` is what :func:`shared_prefix` yields."""
-    kind = _KTO if "kto" in collator.dpo.loss else _DPO
-    trainer = train.make_trainer(kind, captioner, collator, args, *callbacks)
-    trainer.seen, trainer.dpo = seen, collator.dpo
-    return trainer
-
-
 def train_preference(
     captioner: Captioner,
     renderer: Renderer,
@@ -402,6 +392,7 @@ def train_preference(
     collator = PairCollator(renderer, pairs, paths, training, dpo, verdicts or {})
     args = arguments(captioner, training, out, dpo)
     weights = adapters.fingerprint(captioner)
+    (out / "alarm.json").unlink(missing_ok=True)
     watch = alarms.Alarms(dpo.alarms, captioner, renderer, collator.images.paths, out, origin)
 
     def prepare(trainer: Any, log: Any, resumed: bool) -> None:

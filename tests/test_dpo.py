@@ -483,6 +483,7 @@ def test_alarm_of_a_loss_that_is_not_finite_keeps_the_checkpoint_to_go_on_from(
     monkeypatch.undo()
     back = frozen_soft()
     fit(back, pairs, folder, tmp_path / "b")
+    assert not (tmp_path / "b" / "alarm.json").exists()
     for (name, a), b in zip(state(straight).items(), state(back).values(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6, msg=name)
 
@@ -614,6 +615,15 @@ def test_dpo_command(pairs: list[Pair], folder: Path, tmp_path: Path, golden_sft
     width = model.load(home / "captioner").model.config.text_config.intermediate_size
     assert width == referee.model.config.text_config.intermediate_size + 4
     assert not (home / "dpo" / "checkpoints").exists()
+
+
+def test_pairs_of_an_evaluation_image_are_refused(pairs: list[Pair], folder: Path, tmp_path: Path) -> None:
+    config = Config.model_validate(
+        {"gate": {"data": "scenes:validation:1"}, "evaluate": {"data": str(folder)}}
+    )
+    made_round(tmp_path / "run", config, pairs, folder)
+    with pytest.raises(Refused, match="4 images of the pairs are evaluation images"):
+        loop.run(config, argparse.Namespace(run_dir=tmp_path / "run", redo=False, round=1))
 
 
 def test_a_round_without_pairs_names_the_command(tmp_path: Path) -> None:
