@@ -410,7 +410,7 @@ def _arguments(captioner: Captioner, training: TrainingConfig, out: Path) -> dic
         "seed": training.seed,
         "save_steps": training.save_steps,
         "save_total_limit": 2,
-        "logging_steps": training.log_steps,
+        "logging_steps": min(training.log_steps, training.steps),  # a short training says something, too
         "logging_nan_inf_filter": False,
         "bf16": device == "cuda" and captioner.model.dtype != torch.float64,
         "use_cpu": device == "cpu",
