@@ -35,7 +35,7 @@ COLUMNS = {
     "golden_precision": "precision of its golden captions",
     "golden_recall": "their recall",
     "promoted": "promoted",
-    "alarm": "alarm",
+    "stopped": "stopped by alarm, linter or too many failures",
 }
 START = PAIRED = "SFT captioner"
 ROUNDS = (1, 2, 3, 4)
@@ -64,9 +64,10 @@ def _chain(run: Run, name: str) -> Iterator[tuple[str, dict[str, float]]]:
         gate = run.path / f"round-{number}" / "gate.json"
         try:
             iterate.run_round(run, number, args)
-        except Refused:
-            if not gate.is_file():  # an alarm or the linter: there is no captioner to go on from
-                yield f"{name}, round {number}", {"alarm": 1.0, "promoted": 0.0}
+        except Refused as refusal:
+            print(refusal)
+            if not gate.is_file():  # there is no captioner to go on from
+                yield f"{name}, round {number}", {"stopped": 1.0, "promoted": 0.0}
                 break
         said = json.loads(gate.read_text(encoding="utf-8"))
         promoted = said.get("by_gate", said["promoted"])
@@ -74,7 +75,7 @@ def _chain(run: Run, name: str) -> Iterator[tuple[str, dict[str, float]]]:
         atomic_write_json(gate, said | {"promoted": True, "by_gate": promoted})  # the chain goes on
         scores = _scores(run, run.captioner_dir(number))
         gated = gated if refused else scores
-        more = {"promoted": float(promoted), "alarm": 0.0}
+        more = {"promoted": float(promoted), "stopped": 0.0}
         yield f"{name}, round {number}", scores | _golden(run, number) | more
     yield f"{name}, gated", gated
 
