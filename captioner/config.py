@@ -75,7 +75,7 @@ class TrainingConfig(Section):
     steps: int = Field(200, ge=1)
     """Optimizer steps."""
     batch_size: int = Field(16, ge=1)
-    """Images (pairs for DPO) a device sees at once."""
+    """Images a device sees at once; with all their pairs in preference training."""
     accumulation: int = Field(1, ge=1)
     """Batches per optimizer step."""
     learning_rate: float = Field(1e-3, gt=0)
@@ -262,19 +262,86 @@ class PairsConfig(Section):
     """Own samples set against each golden caption, those with most refuted claims first."""
     min_refuted: int = Field(1, ge=0)
     """Refuted claims a rejected sample must hold."""
+    max_tokens: int = Field(256, ge=2)
+    """Longest caption of a pair in tokens, the end token included; a longer one drops its pair, uncut."""
+    max_similarity: float = Field(0.98, gt=0, le=1)
+    """Share of tokens that chosen and rejected may have in common, in order; above it the pair is dropped."""
+    max_dropped: float = Field(0.2, ge=0, le=1)
+    """Share of the pairs that the linter may drop before the command exits 3."""
+    max_length_ratio: float = Field(2.0, ge=1)
+    """Most that mean tokens of chosen and of rejected may differ by, as a factor, before it exits 3."""
+
+
+Loss = Literal[
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot",
+    "aot_unpaired", "apo_zero", "apo_down", "discopop", "sigmoid_norm", "kto",
+]  # fmt: skip
+MARGIN_LOSSES = {"sigmoid", "hinge", "exo_pair", "robust", "discopop"}  # functions of the pair's margin alone
+
+
+class AlarmsConfig(Section):
+    """What stops a preference training; compared with the reference that it starts from."""
+
+    every: int = Field(20, ge=0)
+    """Steps between two looks at what the captioner writes; each checkpoint is looked at too. 0 = off."""
+    images: int = Field(16, ge=1)
+    """Images of the round that it captions then, greedily."""
+    max_tokens: int = Field(160, ge=1)
+    """Longest of those captions, tokens."""
+    max_change: float = Field(0.1, gt=0, le=1)
+    """How far the share that ends may fall, or that of repeated statements rise."""
+    max_length_ratio: float = Field(2.0, gt=1)
+    """Factor by which their mean length may change, up or down."""
+    max_kl: float | None = Field(1.0, gt=0)
+    """Kullback-Leibler divergence from the SFT captioner, nats a token of golden captions; None = off."""
+    chosen_below: int = Field(10, ge=0)
+    """Steps in a row with chosen captions less likely than under the reference; 0 = off."""
+    max_chosen_fall: float = Field(1.0, ge=0)
+    """By how much less, nats a caption (mean of a batch)."""
 
 
 class DPOConfig(Section):
+    loss: tuple[Loss, ...] = Field(("sigmoid",), min_length=1)
+    """Losses of TRL's DPOTrainer by name, summed; `kto` alone is its KTOTrainer."""
+    loss_weights: tuple[float, ...] = ()
+    """Weight of each of them; none = 1 each."""
     beta: float = Field(0.1, gt=0)
     """Strength of the pull to the reference, Rafailov et al. 2023, eq. 7."""
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    """Share of pairs taken to be swapped, for `robust`, `exo_pair` and `aot`."""
     ce_weight: float = Field(1.0, ge=0)
     """Weight of the cross-entropy on the chosen caption (token mean)."""
+    anchor_weight: float = Field(0.0, ge=0)
+    """Weight of the anchor, which keeps the chosen caption as likely as under the reference. 0 = off."""
+    image_weight: float = Field(0.0, ge=0)
+    """Weight of preferring the chosen caption with the image to it with gray views. 0 = off."""
+    length_margin: float = 0.0
+    """Added to the margin per token that chosen is longer than rejected; > 0 holds length back. 0 = off."""
+    refuted_weight: float = Field(1.0, ge=0)
+    """Weight of the tokens of refuted statements, in both captions; 1 = as any token."""
+    confirmed_weight: float = Field(1.0, ge=0)
+    """Weight of the tokens of confirmed statements, in both captions; 1 = as any token."""
     golden_sft_steps: int = Field(40, ge=0)
     """SFT steps on golden captions before DPO; the result is the round's reference. 0 = off."""
     golden_sft_learning_rate: float = Field(1e-3, gt=0)
     """Peak rate of that SFT."""
+    golden_sft_samples: int = Field(0, ge=0)
+    """Rejected samples of each image that this SFT learns beside its golden caption; 0 = golden alone."""
     tuning: AdapterTuning = AdapterTuning()
     training: TrainingConfig = TrainingConfig(steps=40, batch_size=8, learning_rate=3e-4, save_steps=20)
+    alarms: AlarmsConfig = AlarmsConfig()
+
+    @model_validator(mode="after")
+    def _fitting(self) -> Self:
+        if self.loss_weights and len(self.loss_weights) != len(self.loss):
+            raise ValueError(f"{len(self.loss)} losses have {len(self.loss_weights)} loss_weights")
+        if "exo_pair" in self.loss and not self.label_smoothing:
+            raise ValueError("exo_pair needs a label_smoothing above 0, such as 0.001")
+        if "kto" in self.loss and (len(self.loss) > 1 or self.anchor_weight or self.image_weight):
+            raise ValueError("kto stands alone: no second loss, no anchor_weight, no image_weight")
+        if self.length_margin and not set(self.loss) <= MARGIN_LOSSES:
+            raise ValueError(f"length_margin goes with {', '.join(sorted(MARGIN_LOSSES))} only")
+        return self
 
 
 class EvaluateConfig(Section):
@@ -287,10 +354,18 @@ class EvaluateConfig(Section):
 
 
 class GateConfig(Section):
-    data: str = "scenes:validation:128"
+    data: str = "scenes:validation:256"
     """Held-out images on which a round is compared with its start."""
-    max_recall_loss: float = Field(0.02, ge=0)
-    """Recall a round may lose (upper end: 1 = all)."""
+    max_hallucinated_rise: float = Field(0.01, ge=0)
+    """Rise of the share of false statements that must be ruled out: the interval's upper end."""
+    max_recall_loss: float = Field(0.03, ge=0)
+    """Recall at equal length that a round may lose: the loss ruled out by the interval (1 = all)."""
+    max_whole_recall_loss: float = Field(0.05, ge=0)
+    """The same for recall of the whole captions, which shorter captions lower."""
+    max_repeated_rise: float = Field(0.01, ge=0)
+    """Rise of the share of repeated statements that must be ruled out."""
+    max_length_ratio: float = Field(1.5, gt=1)
+    """Factor by which the mean length may change, up or down; the interval lies within."""
     min_ended: float = Field(0.99, ge=0, le=1)
     """Share of captions that must end by themselves."""
 

@@ -266,43 +266,75 @@ def gate(
     after: Sequence[Counts],
     config: GateConfig,
     *,
+    even: tuple[Sequence[Counts], Sequence[Counts]] | None = None,
     resamples: int = 2000,
     seed: int = 0,
 ) -> Decision:
-    """Whether a round's captioner replaces the one the round started from. All three rules must hold:
+    """Whether a round's captioner replaces the one it started from: it does one thing better and no harm.
 
-    1. the share of hallucinated statements did not rise: the paired 95 % interval of after - before does not
-       lie wholly above zero;
-    2. recall fell by at most ``max_recall_loss`` (the difference itself, not its interval);
-    3. at least ``min_ended`` of the new captions ended by themselves.
+    All tests are paired over images, by the 95 % interval of after - before. *Better* (superiority): the
+    share of hallucinated statements falls or recall at equal length rises, and the interval excludes 0. *No
+    harm* (non-inferiority: the interval excludes a loss above the margin, so few images or a loss within
+    chance do not pass as none): hallucinated share, recall at equal length, recall of the whole captions,
+    share of repeated statements, mean length as a ratio. And at least ``min_ended`` of the new captions ended
+    by themselves, the share itself: it is a demand on the captioner, not a comparison.
 
-    An undefined difference (nothing parsed) never passes. Images without known facts leave rule 3 and, in
-    place of 1 and 2, that repetition did not rise (the same interval rule).
+    ``even`` are the counts of both with the longer caption of each image cut to the statements of the shorter
+    (:func:`evenly`): what is said first is to be as complete, however much is said. An undefined difference
+    (nothing parsed) never passes. Images without known facts leave endings, repetition and length, of which
+    none needs to become better.
     """
-    change = difference(before, after, resamples=resamples, seed=seed)
+    change = dict(difference(before, after, resamples=resamples, seed=seed))
+    start = evaluate(before, resamples=100, seed=seed)
     ended = evaluate(after, resamples=100, seed=seed)["ended"].value
     judged = all(r.judged for r in before) and all(r.judged for r in after)
-    guard = "hallucinated" if judged else "repeated"
-    rules = [
+    rules: list[tuple[bool, str]] = []
+    if judged:
+        change["even_recall"] = difference(*(even or (before, after)), resamples=resamples, seed=seed)[
+            "recall"
+        ]
+        wrong, told = change["hallucinated"], change["even_recall"]
+        signs = f"hallucinated {_signed(wrong)}, recall at equal length {_signed(told)}"
+        rules += [
+            (wrong.high < 0 or told.low > 0, f"better in one of the two: {signs}"),
+            _rise("hallucinated share of the statements", wrong, config.max_hallucinated_rise),
+            _fall("recall at equal length", told, config.max_recall_loss),
+            _fall("recall", change["recall"], config.max_whole_recall_loss),
+        ]
+    rules.append(_rise("repeated share of the statements", change["repeated"], config.max_repeated_rise))
+    tokens, base = change["tokens"], max(start["tokens"].value, 1.0)
+    low, high = 1 + tokens.low / base, 1 + tokens.high / base
+    limit = config.max_length_ratio
+    rules += [
         (
-            change[guard].low <= 0,
-            f"{guard} share of the statements {_signed(change[guard])}; refused if the interval lies above 0",
+            1 / limit <= low and high <= limit,
+            f"length times {1 + tokens.value / base:.2f} ({low:.2f} to {high:.2f}); within {limit:g}",
         ),
         (
             ended >= config.min_ended,
             f"{ended:.1%} of the captions ended; at least {config.min_ended:.1%} must",
         ),
     ]
-    if judged:
-        rules.insert(
-            1,
-            (
-                change["recall"].value >= -config.max_recall_loss,
-                f"recall {_signed(change['recall'])}; it may fall by {config.max_recall_loss * 100:.1f}",
-            ),
-        )
     reasons = tuple(f"{'ok' if passed else 'REFUSED'}: {text}" for passed, text in rules)
     return Decision(all(passed for passed, _ in rules), reasons, change)
+
+
+def evenly(before: str, after: str) -> tuple[str, str]:
+    """Two captions of an image, the longer cut behind as many statements as the shorter has."""
+    both = split_statements(before), split_statements(after)
+    length = min(map(len, both))
+    one, other = (", ".join(said[:length]) for said in both)
+    return one, other
+
+
+def _rise(name: str, change: Interval, margin: float) -> tuple[bool, str]:
+    text = f"{name} {_signed(change)}; a rise of {margin * 100:g} is to be ruled out"
+    return change.high <= margin, text
+
+
+def _fall(name: str, change: Interval, margin: float) -> tuple[bool, str]:
+    text = f"{name} {_signed(change)}; a loss of {margin * 100:g} is to be ruled out"
+    return change.low >= -margin, text
 
 
 def _signed(x: Interval) -> str:

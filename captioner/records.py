@@ -111,8 +111,14 @@ class Pair(Record):
     rejected: str
     k: int  # candidate number of the rejected caption
     refuted_in_rejected: int
+    ended: bool = True  # rejected ended by itself
     ref_chosen_logp: float | None = None
     ref_rejected_logp: float | None = None
+    ref_masked_logp: float | None = None  # of chosen with gray views, where dpo.image_weight asks for it
+    ref_unpaired_logp: float | None = None  # of another image's chosen caption, for the KL of `kto`
+    ref_weights: str | None = None  # hashes of what the log-probabilities above were computed of
+    ref_pixels: str | None = None
+    ref_tokens: str | None = None
 
 
 class CaptionRow(Record):

@@ -317,7 +317,10 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-_CURVES = ("loss", "eval_loss", "validation_loss", "accuracy", "rewards/accuracies", "rewards/margins")
+_CURVES = (
+    "loss", "eval_loss", "validation_loss", "accuracy", "rewards/accuracies", "rewards/margins",
+    "logps/chosen", "logps/rejected", "probe/ended", "probe/repeated", "probe/tokens", "probe/kl",
+)  # fmt: skip
 
 _PAGE = """<!doctype html>
 <html lang="en">

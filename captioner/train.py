@@ -1,4 +1,4 @@
-"""Training on TRL's trainers: SFT and QA on SFTTrainer, preferences on DPOTrainer. The only door to ``trl``.
+"""Training on TRL's trainers: what all share, and SFT and QA on SFTTrainer. Preferences: preference.py.
 
 What is drawn at a step depends on (seed, position) alone, so a resumed run equals an uninterrupted one.
 Checkpoints hold the trained parameters and the optimizer's state as safetensors and JSON; nothing is
@@ -28,15 +28,14 @@ from datasets import Dataset  # the type that TRL asks for
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl import SFTConfig, SFTTrainer
 
 from captioner import adapters, distributed, prompts, soft_prompt
 from captioner.config import FullTuning, SoftPromptConfig, TrainingConfig, Tuning
-from captioner.errors import ConfigError, DataError, RunError
+from captioner.errors import CaptionerError, ConfigError, DataError, RunError
 from captioner.model import Captioner, describe_trainable
-from captioner.records import Pair
 from captioner.render import IGNORED, Renderer, TrainRow, collate
-from captioner.runs import Shards, atomic_write_text, is_main, progress, rank, row_seed, world_size
+from captioner.runs import atomic_write_text, is_main, progress, rank, row_seed, world_size
 from captioner.views import BadImage, load_image
 
 ADAPTER = "captioner"  # name of the one adapter that a captioner carries
@@ -187,72 +186,11 @@ class Collator:
             raise DataError(str(error), where=str(path), mend=mend) from error
 
 
-class PairCollator(Collator):
-    """Pairs in the layout of TRL's DPOTrainer, computed on packed rows.
-
-    TRL scores ``input_ids`` [2B, L], first the chosen, then the rejected captions. Here those are the
-    branches alone; ``packed`` holds the rows that the model really sees (image prefix once, then both
-    branches) and ``gather`` [2B, L] says where in them each branch token lies. :func:`shared_prefix` joins
-    the two.
-    """
-
-    reference: Sequence[
-        tuple[float, float]
-    ] = ()  # log-probabilities of chosen and rejected, by index of the pair
-
-    def pack(self, rows: list[TrainRow], positions: list[int], picked: list[int]) -> dict[str, Any]:
-        packed = super().pack(rows, positions, picked)
-        packed.pop("labels")
-        width = packed["input_ids"].shape[1]
-        length = max(len(ids) for row in rows for ids, _ in row.branches)
-        ids = torch.zeros(2 * len(rows), length, dtype=torch.long)
-        gather, attention, completion = torch.zeros_like(ids), torch.zeros_like(ids), torch.zeros_like(ids)
-        for b, row in enumerate(rows):
-            start = b * width + len(self.renderer.prefix_ids(row.grid, row.whole_only))
-            for half, (branch, mask) in enumerate(row.branches):
-                at, n = b + half * len(rows), len(branch)
-                ids[at, :n], completion[at, :n] = torch.tensor(branch), torch.tensor(mask, dtype=torch.long)
-                attention[at, :n], gather[at, :n] = 1, torch.arange(start, start + n)
-                start += n
-        batch: dict[str, Any] = {"input_ids": ids, "attention_mask": attention, "completion_mask": completion}
-        batch |= {"packed": packed, "gather": gather}
-        if self.reference:
-            chosen, rejected = zip(*(self.reference[i] for i in picked), strict=True)
-            batch |= {"ref_chosen_logps": torch.tensor(chosen), "ref_rejected_logps": torch.tensor(rejected)}
-        return batch
-
-
-@contextmanager
-def shared_prefix(captioner: Captioner) -> Iterator[None]:
-    """The backbone runs on ``packed`` rows; of its states [B, T, D] those at ``gather`` [2B, L] go on."""
-    gather: Tensor
-
-    def unpack(_module: Any, _args: Any, kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
-        nonlocal gather
-        gather = kwargs["gather"]
-        return (), {**kwargs["packed"], "use_cache": False}
-
-    def pick(_module: Any, _args: Any, output: Any) -> Any:
-        output.last_hidden_state = output.last_hidden_state.flatten(0, 1)[gather]
-        return output
-
-    backbone = captioner.model.model
-    handles = [
-        backbone.register_forward_pre_hook(unpack, with_kwargs=True),
-        backbone.register_forward_hook(pick),
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 # ---- trainers
 
 
 class _Trainer:
-    """What both trainers share: our order, our checkpoints, the finite check; no telemetry, no model card."""
+    """What all trainers share: our order, our checkpoints, the finite check; no telemetry, no model card."""
 
     model: Any
     optimizer: Any
@@ -260,6 +198,7 @@ class _Trainer:
     state: TrainerState
     args: TrainingArguments
     data_collator: Collator
+    not_finite: type[CaptionerError] = RunError  # what a loss that is not finite raises
 
     def _get_train_sampler(self, dataset: Any = None) -> torch.utils.data.Sampler:
         return torch.utils.data.SequentialSampler(dataset)
@@ -278,7 +217,7 @@ class _Trainer:
         loss = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
         if not (torch.isfinite(loss) and torch.isfinite(norm)):
-            raise RunError(
+            raise self.not_finite(
                 f"loss {loss.item()}, gradient norm {norm.item()} at step {self.state.global_step + 1}",
                 where=f"images {', '.join(self.data_collator.keys(positions))}",
                 mend="lower the section's training.learning_rate, or leave these images out",
@@ -333,16 +272,6 @@ class _Trainer:
 
 class _SFT(_Trainer, SFTTrainer):
     pass
-
-
-class _DPO(_Trainer, DPOTrainer):
-    """Tokens and reference log-probabilities come with the batch: TRL neither tokenises nor precomputes."""
-
-    def _prepare_dataset(self, dataset: Dataset, *_args: Any) -> Dataset:
-        return dataset
-
-    def _precompute_ref_logps(self, dataset: Dataset, *_args: Any) -> Dataset:
-        return dataset
 
 
 class _Log(TrainerCallback):
@@ -441,54 +370,6 @@ def train_sft(
     return _train(_SFT, captioner, collator, args, out, _Log(out, validate, training.patience), report)
 
 
-def train_dpo(
-    captioner: Captioner,
-    renderer: Renderer,
-    pairs: Sequence[Pair],
-    paths: dict[str, Path],
-    training: TrainingConfig,
-    out: Path,
-    *,
-    beta: float,
-    ce_weight: float,
-    report: Callable[[str], None] = print,
-) -> dict[str, float]:
-    """Direct preference optimisation with cross-entropy on the chosen caption.
-
-    Loss = mean over pairs of -log sigmoid(beta * ((c - c_ref) - (r - r_ref))) + ce_weight * mean over chosen
-    tokens of -log p; c and r are the summed log-probabilities of chosen and rejected, end token included
-    (Rafailov et al. 2023, eq. 7; for the second term Pang et al. 2024). The reference is the captioner as it
-    is passed in, its adapter still the zero function: c_ref and r_ref are computed once, by the same
-    forward, and stored in ``out/pairs``; no second model is held. ``paths`` maps a pair's key to its image.
-    Otherwise as :func:`train_sft`.
-    """
-    targets = [(Target(None, pair.chosen), Target(None, pair.rejected)) for pair in pairs]
-    keys = [pair.key for pair in pairs]
-    images = TrainingImages(keys, [paths[key] for key in keys], lambda index, _rng: targets[index])
-    collator = PairCollator(renderer, images, training.seed, training.batch_size)
-    args = dpo_arguments(captioner, training, out, beta, ce_weight)
-    with shared_prefix(captioner):
-        return _train(_DPO, captioner, collator, args, out, _Log(out), report, pairs)
-
-
-def reference_logps(trainer: Any, pairs: Sequence[Pair], batch_size: int) -> list[Pair]:
-    """The pairs with the log-probabilities that the trainer's model, as it is now, gives to both captions."""
-    collator: PairCollator = trainer.data_collator
-    collator.order = lambda position: position  # type: ignore[assignment]
-    done: list[Pair] = []
-    with progress("reference log-probabilities", len(pairs)) as bar:
-        for start in range(0, len(pairs), batch_size):
-            part = pairs[start : start + batch_size]
-            batch = collator([{"position": start + i} for i in range(len(part))])
-            batch.pop("positions")
-            chosen, rejected = trainer.compute_ref_log_probs(trainer.model, trainer._prepare_inputs(batch))
-            for pair, c, r in zip(part, chosen.tolist(), rejected.tolist(), strict=True):
-                done.append(pair.model_copy(update={"ref_chosen_logp": c, "ref_rejected_logp": r}))
-            bar.advance(len(part))
-    collator.order = Order(len(pairs), collator.seed)
-    return done
-
-
 def validation_loss(
     captioner: Captioner, renderer: Renderer, images: TrainingImages, batch_size: int
 ) -> float:
@@ -560,15 +441,16 @@ def trainable_table(model: torch.nn.Module) -> str:
 
 
 def _train(
-    kind: type[_SFT] | type[_DPO],
+    kind: type[_Trainer],
     captioner: Captioner,
     collator: Collator,
     args: TrainingArguments,
     out: Path,
     log: _Log,
     report: Callable[[str], None],
-    pairs: Sequence[Pair] = (),
+    prepare: Callable[[Any, _Log, bool], None] = lambda _trainer, _log, _resumed: None,
 ) -> dict[str, float]:
+    """``prepare`` sees the trainer before its first step, the log, and whether a checkpoint is there."""
     collator.check_lengths()
     last = _last_checkpoint(out / "checkpoints")
     begin = time.monotonic()
@@ -577,8 +459,7 @@ def _train(
         trainer = make_trainer(kind, captioner, collator, args, log)
         log.trainer = trainer
         _raise_precision(captioner.model)  # beside 4-bit weights TRL makes what trains bfloat16
-        if isinstance(collator, PairCollator):
-            collator.reference = _reference(trainer, pairs, out, resumed=last is not None)
+        prepare(trainer, log, last is not None)
         if last:
             report(f"resuming from step {last.name.rpartition('-')[2]}")
         trainer.train(resume_from_checkpoint=str(last) if last else None)
@@ -587,7 +468,7 @@ def _train(
 
 
 def make_trainer(
-    kind: type[_SFT] | type[_DPO],
+    kind: type[_Trainer],
     captioner: Captioner,
     collator: Collator,
     args: TrainingArguments,
@@ -603,7 +484,7 @@ def make_trainer(
     if getattr(captioner.model, "is_loaded_in_4bit", False):
         captioner.model._hf_peft_config_loaded = True  # how transformers is told that adapters hang on 4 bits
     positions = args.max_steps * args.gradient_accumulation_steps * args.per_device_train_batch_size
-    trainer = kind(
+    trainer: Any = kind(  # type: ignore[call-arg]
         model=captioner.model,
         args=args,
         data_collator=collator,
@@ -618,14 +499,6 @@ def make_trainer(
 def sft_arguments(captioner: Captioner, training: TrainingConfig, out: Path) -> SFTConfig:
     own = {"max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}}
     return SFTConfig(**own, **_arguments(captioner, training, out))
-
-
-def dpo_arguments(
-    captioner: Captioner, training: TrainingConfig, out: Path, beta: float, ce_weight: float
-) -> DPOConfig:
-    losses = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, ce_weight], "beta": beta}
-    own = {"max_length": None, "precompute_ref_log_probs": True}
-    return DPOConfig(**own, **losses, **_arguments(captioner, training, out))
 
 
 def _arguments(captioner: Captioner, training: TrainingConfig, out: Path) -> dict[str, Any]:
@@ -653,7 +526,7 @@ def _arguments(captioner: Captioner, training: TrainingConfig, out: Path) -> dic
         "seed": training.seed,
         "save_steps": training.save_steps,
         "save_total_limit": 2,
-        "logging_steps": training.log_steps,
+        "logging_steps": min(training.log_steps, training.steps),  # a short training says something, too
         "logging_nan_inf_filter": False,
         "bf16": dtype == torch.bfloat16 or (device == "cuda" and dtype != torch.float64),
         "use_cpu": device == "cpu",
@@ -729,12 +602,3 @@ def _last_checkpoint(checkpoints: Path) -> Path | None:
         except (OSError, ValueError):
             shutil.rmtree(folder)  # the process was killed while it wrote this one
     return None
-
-
-def _reference(trainer: Any, pairs: Sequence[Pair], out: Path, *, resumed: bool) -> list[tuple[float, float]]:
-    """Reference log-probabilities, as this training computed and stored them before its first step."""
-    shards = Shards(out / "pairs", Pair)
-    if not resumed:
-        shards.write(0, reference_logps(trainer, pairs, trainer.args.per_device_train_batch_size))
-    both = [(pair.ref_chosen_logp, pair.ref_rejected_logp) for pair in shards.read(0)]
-    return [(c, r) for c, r in both if c is not None and r is not None]

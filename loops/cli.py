@@ -74,8 +74,8 @@ COMMANDS: dict[str, Command] = {
     "dpo": Command(
         "loops.dpo",
         "preference training on the pairs of a round",
-        (*_ENGINE, "dpo"),
-        (_CURRENT, _ROUND + "/golden", _ROUND + "/pairs"),
+        (*_ENGINE, "pairs", "dpo"),
+        (_CURRENT, _ROUND + "/golden", _ROUND + "/pairs", "{config.gate.data}", "{config.evaluate.data}"),
         (_ROUND + "/dpo", _ROUND + "/captioner"),
     ),
     "iterate": Command(

@@ -153,12 +153,13 @@ def _print_verifier(accuracies: Sequence[dict[str, Any]]) -> None:
 
 
 def _round(run: Run, number: int, args: argparse.Namespace) -> bool:
-    """Whether the round was promoted. Raises Refused where it failed for another reason than its gate."""
-    gate = run.path / f"round-{number}" / "gate.json"
+    """Whether the round was promoted. Raises Refused where neither its gate nor an alarm stopped it."""
+    gate, alarm = (run.path / f"round-{number}" / name for name in ("gate.json", "dpo/alarm.json"))
     try:
         iterate.run_round(run, number, args)
     except Refused as refusal:
-        if not gate.is_file() or json.loads(gate.read_text(encoding="utf-8"))["promoted"]:
+        stopped = gate if gate.is_file() else alarm
+        if not stopped.is_file() or json.loads(stopped.read_text(encoding="utf-8")).get("promoted"):
             raise
         print(f"{refusal}\nthe demo goes on with {run.newest_captioner()}")
         return False

@@ -114,6 +114,22 @@ def evaluate_round(run: Run, number: int, *, redo: bool = False) -> tuple[dict[s
     return summary, counts
 
 
+def evenly(run: Run, summary: dict[str, Any]) -> tuple[list[Counts], list[Counts]]:
+    """Counts of the two captioners of a round, with the longer caption of each image cut to the shorter."""
+    folder = resolve(summary["data"], run)
+    facts = {row.key: row.facts for row in read_folder(folder)}
+    start, made = (
+        {row.key: row for row in Shards(run.path / one["captions"], CaptionRow).read_all() if not row.error}
+        for one in summary["captioners"]
+    )
+    cut: tuple[list[Counts], list[Counts]] = [], []
+    for key in [key for key in start if key in made]:
+        texts = metrics.evenly(start[key].caption or "", made[key].caption or "")
+        for side, text in zip(cut, texts, strict=True):
+            side.append(metrics.count(key, text, facts[key], finish_reason="stop", tokens=0))
+    return cut
+
+
 def round_images(home: Path) -> Path | None:
     """The image folder that a round sampled captions of, by the manifest of its candidates."""
     manifest = home / "candidates" / "stage.json"

@@ -1,8 +1,9 @@
 """captioner iterate --round N | --rounds A-B: whole rounds of self-correction.
 
 A round is qa, golden, dpo, an evaluation on the gate's images and the gate. What is done already is skipped,
-so the same command continues a killed round. A round that the gate refuses keeps its files, its captioner is
-not used, and the command stops there with exit code 3.
+so the same command continues a killed round. A round that the gate refuses, or an alarm stops, keeps its
+files and its captioner is not used. The command stops there: with exit code 3, but 0 where it has promoted a
+round before, which then is the best.
 """
 
 from __future__ import annotations
@@ -23,12 +24,20 @@ STEPS: tuple[ModuleType, ...] = (qa, golden, dpo)
 
 
 def run(config: Config, args: argparse.Namespace) -> int:
-    """Raises RunError where the round before is missing, Refused where a gate refuses."""
+    """Raises RunError where the round before is missing, Refused where the first round of them is refused."""
     run = Run.open(args.run_dir, config, create=False)
     rounds = args.rounds or [args.round]
+    promoted: list[int] = []
     for number in rounds:
-        run_round(run, number, args)
-    print(f"rounds done: {', '.join(map(str, rounds))}; the captioner is {run.newest_captioner()}")
+        try:
+            run_round(run, number, args)
+        except Refused as refusal:
+            if not promoted:
+                raise
+            print(f"{refusal}\nround {promoted[-1]} is the best and stays")
+            break
+        promoted.append(number)
+    print(f"rounds done: {', '.join(map(str, promoted))}; the captioner is {run.newest_captioner()}")
     return 0
 
 
@@ -50,7 +59,8 @@ def run_round(run: Run, number: int, args: argparse.Namespace) -> None:
             )
     summary, (before, after) = evaluate.evaluate_round(run, number)
     resamples, seed = run.config.evaluate.bootstrap, run.config.seed
-    decision = metrics.gate(before, after, run.config.gate, resamples=resamples, seed=seed)
+    even = evaluate.evenly(run, summary)
+    decision = metrics.gate(before, after, run.config.gate, even=even, resamples=resamples, seed=seed)
     _record(run, number, summary, decision)
     evaluate.print_table(summary)
     print("\n".join(f"  {reason}" for reason in decision.reasons))

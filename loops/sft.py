@@ -31,7 +31,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(config: Config, args: argparse.Namespace) -> int:
     """The sft stage of a run."""
-    from captioner import distributed, model
+    from captioner import distributed
 
     sft = config.sft
     if args.gpus > 1 and world_size() == 1:

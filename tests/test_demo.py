@@ -35,8 +35,9 @@ SMALL = {
         # a random verifier would be refused, and knows nothing
         **{"min_accuracy": 0.0, "min_kind_accuracy": 0.0, "abstain": "keep"},
     },
-    "pairs": {"min_refuted": 0},
-    "dpo": {"golden_sft_steps": 2, "training": TRAINING},
+    # hardly a sample of a random model ends by itself
+    "pairs": {"min_refuted": 0, "max_dropped": 1.0, "max_length_ratio": 100.0},
+    "dpo": {"golden_sft_steps": 2, "training": TRAINING, "alarms": {"images": 2, "max_tokens": 8}},
     "evaluate": {"data": "scenes:test:4", "max_tokens": 24, "bootstrap": 100},
     "gate": {"data": "scenes:validation:4", "max_recall_loss": 1.0, "min_ended": 0.0},
 }

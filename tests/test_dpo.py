@@ -4,17 +4,31 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
+from datasets import Dataset
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+from trl import DPOTrainer, KTOTrainer
 
-from captioner import model, render, scenes, train
-from captioner.config import AdapterTuning, Config, DPOConfig, TrainingConfig, ViewsConfig
-from captioner.errors import RunError
+from captioner import alarms, losses, model, preference, render, scenes, train
+from captioner.config import (
+    AdapterTuning,
+    AlarmsConfig,
+    Config,
+    DPOConfig,
+    Loss,
+    TrainingConfig,
+    ViewsConfig,
+)
+from captioner.errors import Refused, RunError
 from captioner.formats.folder import read_folder
 from captioner.model import Captioner
 from captioner.records import Golden, Pair
@@ -25,6 +39,13 @@ from tests.test_train import compare_losses, logged, prepared, state
 from tests.tiny import tiny_checkpoint
 
 BETA, CE_WEIGHT = 0.3, 0.7
+VERDICTS = {
+    "northwest ring": "drop",
+    "northwest star": "keep",
+    "northwest circle": "keep",
+    "west red": "keep",
+}
+VERDICTS |= {"northwest square": "keep", "northeast circle": "keep"}
 TRAINING = TrainingConfig(steps=4, batch_size=2, learning_rate=1e-3, save_steps=2, log_steps=1, seed=3)
 
 
@@ -60,10 +81,11 @@ def paths_of(folder: Path) -> dict[str, Path]:
     return {row.key: row.path for row in read_folder(folder)}
 
 
-def plain_logps(captioner: Captioner, path: Path, caption: str) -> torch.Tensor:
+def plain_logps(captioner: Captioner, path: Path, caption: str, gray: bool = False) -> torch.Tensor:
     """Log-probabilities [T] of the caption and its end token, by an ordinary forward of one sequence."""
     renderer = render.Renderer(captioner, ViewsConfig())
     pixel_values, grid = renderer.images(load_image(path)[0])
+    pixel_values = torch.zeros_like(pixel_values) if gray else pixel_values
     row = render.TrainRow(pixel_values, grid, False, [renderer.branch_ids(None, caption)])
     batch = render.collate(renderer, [row])
     labels = batch.pop("labels")[0, 1:]
@@ -73,57 +95,243 @@ def plain_logps(captioner: Captioner, path: Path, caption: str) -> torch.Tensor:
     return F.log_softmax(logits[kept], dim=-1).gather(1, labels[kept, None])[:, 0]
 
 
-def trainer_of(captioner: Captioner, pairs: Sequence[Pair], folder: Path, out: Path) -> Any:
+class Stock(DPOTrainer):
+    """TRL's own trainer; only that it prepares no data set is ours."""
+
+    def _prepare_dataset(self, dataset: Any, *_args: Any) -> Any:
+        return dataset
+
+    def _precompute_ref_logps(self, dataset: Any, *_args: Any) -> Any:
+        return dataset
+
+
+class StockKTO(KTOTrainer):
+    _prepare_dataset = Stock._prepare_dataset
+    _precompute_ref_logps = Stock._precompute_ref_logps
+
+
+def trainer_of(
+    captioner: Captioner,
+    pairs: Sequence[Pair],
+    folder: Path,
+    out: Path,
+    seen: preference.Seen,
+    dpo: DPOConfig,
+) -> Any:
     renderer = render.Renderer(captioner, ViewsConfig())
-    targets = [(train.Target(None, pair.chosen), train.Target(None, pair.rejected)) for pair in pairs]
-    paths = paths_of(folder)
-    images = train.TrainingImages(
-        [p.key for p in pairs], [paths[p.key] for p in pairs], lambda i, _: targets[i]
+    verdicts = {pair.key: VERDICTS for pair in pairs}
+    collator = preference.PairCollator(renderer, pairs, paths_of(folder), TRAINING, dpo, verdicts)
+    trainer = train.make_trainer(
+        preference._KTO if "kto" in dpo.loss else preference._DPO,
+        captioner,
+        collator,
+        preference.arguments(captioner, TRAINING, out, dpo),
     )
-    collator = train.PairCollator(renderer, images, TRAINING.seed, 2)
-    arguments = train.dpo_arguments(captioner, TRAINING, out, BETA, CE_WEIGHT)
-    return train.make_trainer(train._DPO, captioner, collator, arguments)
+    trainer.seen, trainer.dpo = seen, dpo
+    return trainer
 
 
-def test_loss_and_reference_equal_plain_forwards(pairs: list[Pair], folder: Path, tmp_path: Path) -> None:
-    captioner = prepared()
-    with train.shared_prefix(captioner):
-        trainer = trainer_of(captioner, pairs, folder, tmp_path)
-        stored = train.reference_logps(trainer, pairs, 3)
-    paths = paths_of(folder)
-    captioner.model.__dict__.pop("forward")
-    with torch.no_grad():
-        for pair in stored:
-            for text, logp in ((pair.chosen, pair.ref_chosen_logp), (pair.rejected, pair.ref_rejected_logp)):
-                plain = plain_logps(captioner, paths[pair.key], text).sum().item()
-                assert logp == pytest.approx(plain, rel=1e-6, abs=1e-5)
+def stock_of(captioner: Captioner, out: Path, dpo: DPOConfig) -> Any:
+    kind = StockKTO if "kto" in dpo.loss else Stock
+    return kind(
+        model=captioner.model,
+        args=preference.arguments(captioner, TRAINING, out, dpo),
+        train_dataset=Dataset.from_dict({"position": [0]}),
+        data_collator=lambda rows: rows,
+        processing_class=captioner.processor,
+    )
 
+
+def unshared(captioner: Captioner, said: Sequence[tuple[Path, str]]) -> dict[str, torch.Tensor]:
+    """One sequence for each caption, its images before it, as TRL's own collator lays them out."""
+    renderer = render.Renderer(captioner, ViewsConfig())
+    rows, pixels, grids = [], [], []
+    for path, text in said:
+        pixel_values, grid = renderer.images(load_image(path)[0])
+        prefix, (ids, mask) = renderer.prefix_ids(grid), renderer.branch_ids(None, text)
+        rows.append((prefix + ids, [False] * len(prefix) + mask))
+        pixels.append(pixel_values)
+        grids.append(grid)
+    tokens = pad_sequence([torch.tensor(ids) for ids, _ in rows], batch_first=True)
+    return {
+        "input_ids": tokens,
+        "attention_mask": pad_sequence([torch.ones(len(ids), dtype=torch.long) for ids, _ in rows], True),
+        "completion_mask": pad_sequence([torch.tensor(mask).long() for _, mask in rows], True),
+        "pixel_values": torch.cat(pixels),
+        "image_grid_thw": torch.cat(grids),
+    }
+
+
+def drawn(trainer: Any, positions: Sequence[int]) -> tuple[dict[str, Any], list[Pair]]:
+    """A batch, and its pairs in the order of TRL's rows."""
+    collator = trainer.data_collator
+    batch = collator([{"position": position} for position in positions])
+    batch.pop("positions")
+    return batch, [pair for at in positions for pair in collator.groups[collator.order(at)]]
+
+
+def gradients(loss: torch.Tensor, captioner: Captioner) -> dict[str, torch.Tensor]:
+    named = {name: p for name, p in captioner.model.named_parameters() if p.requires_grad}
+    return dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
+
+
+def assert_same(ours: dict[str, torch.Tensor], stock: dict[str, torch.Tensor]) -> None:
+    scale = max(gradient.abs().max().item() for gradient in stock.values())
+    assert scale > 1e-3
+    for name in stock:
+        torch.testing.assert_close(ours[name], stock[name], rtol=1e-4, atol=1e-5 * max(scale, 1.0), msg=name)
+
+
+def departed(captioner: Captioner) -> None:
+    """A policy that has left its reference."""
     torch.manual_seed(0)
-    for parameter in captioner.model.parameters():  # a policy that has left its reference
+    for parameter in captioner.model.parameters():
         if parameter.requires_grad:
             parameter.data += 0.05 * torch.randn_like(parameter)
-    with train.shared_prefix(captioner):
-        trainer = trainer_of(captioner, pairs, folder, tmp_path)
-        collator = trainer.data_collator
-        collator.reference = [(p.ref_chosen_logp, p.ref_rejected_logp) for p in stored]
-        batch = collator([{"position": position} for position in (2, 3, 4)])
-        picked = [collator.order(position) for position in batch.pop("positions").tolist()]
-        ends = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -1)
-        assert all(row[row >= 0][-1] == collator.renderer.end_id for row in ends)  # chosen and rejected end
-        loss = trainer.compute_loss(captioner.model, batch)
-        gradient = torch.autograd.grad(loss, captioner.model.get_input_embeddings().soft)[0]
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_sharing_equals_stock_trl(family: str, pairs: list[Pair], folder: Path, tmp_path: Path) -> None:
+    """Losses of every kind and all gradients, two and three rejected; checkpointing in one family."""
+    captioner = prepared(family=family)
+    pairs = [*pairs, pairs[0].model_copy(update={"rejected": "center square, center blue", "k": 2})]
+    dpo = DPOConfig(beta=BETA, ce_weight=CE_WEIGHT, label_smoothing=0.1)
+    with preference.shared_prefix(captioner) as seen:
+        trainer = trainer_of(captioner, pairs, folder, tmp_path, seen, dpo)
+        scored = preference.score(trainer, pairs, "w", 3)
+    captioner.model.__dict__.pop("forward")
+    departed(captioner)
+    if family == "qwen2_5_vl":
+        captioner.model.gradient_checkpointing_enable()
+    captioner.model.train()
+    with preference.shared_prefix(captioner) as seen:
+        trainer = trainer_of(captioner, pairs, folder, tmp_path, seen, dpo)
+        trainer.data_collator.reference = preference.by_image(scored)
+        batch, picked = drawn(trainer, (2, 3, 4))
+        assert sorted(picked.count(pair) for pair in picked) == [1] * len(picked)
+        assert {len(group) for group in trainer.data_collator.groups} == {2, 3}
+        ours = {}
+        for name in set(get_args(Loss)) - {"kto"} if family == "qwen3_vl" else ["sigmoid"]:
+            trainer.loss_types = [name, "sft"]
+            loss = trainer.compute_loss(captioner.model, batch)
+            ours[name] = loss, gradients(loss, captioner) if name == "sigmoid" else {}
     captioner.model.__dict__.pop("forward")
 
-    scores, chosen_logps = [], []
-    for pair in (stored[index] for index in picked):
-        chosen = plain_logps(captioner, paths[pair.key], pair.chosen)
-        rejected = plain_logps(captioner, paths[pair.key], pair.rejected)
-        scores.append((chosen.sum() - pair.ref_chosen_logp) - (rejected.sum() - pair.ref_rejected_logp))
-        chosen_logps.append(chosen)
-    by_hand = -F.logsigmoid(BETA * torch.stack(scores)).mean() - CE_WEIGHT * torch.cat(chosen_logps).mean()
+    paths = paths_of(folder)
+    stock = stock_of(captioner, tmp_path, dpo)
+    plain = unshared(
+        captioner, [(paths[p.key], p.chosen) for p in picked] + [(paths[p.key], p.rejected) for p in picked]
+    )
+    refs = preference.by_image(scored)
+    known = {(p.key, p.k): p for group in refs for p in group}
+    plain["ref_chosen_logps"] = torch.tensor([known[p.key, p.k].ref_chosen_logp for p in picked])
+    plain["ref_rejected_logps"] = torch.tensor([known[p.key, p.k].ref_rejected_logp for p in picked])
+    for name, (loss, gradient) in ours.items():
+        stock.loss_types = [name, "sft"]
+        wanted = stock.compute_loss(captioner.model, plain)
+        torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=1e-5)
+        if gradient:
+            assert_same(gradient, gradients(wanted, captioner))
+
+
+def test_kto_equals_stock_trl(pairs: list[Pair], folder: Path, tmp_path: Path) -> None:
+    captioner = prepared()
+    dpo = DPOConfig(loss=("kto",), beta=BETA, ce_weight=0)
+    with preference.shared_prefix(captioner) as seen:
+        trainer = trainer_of(captioner, pairs, folder, tmp_path, seen, dpo)
+        scored = preference.score(trainer, pairs, "w", 3)
+    captioner.model.__dict__.pop("forward")
+    departed(captioner)
+    captioner.model.train()
+    with preference.shared_prefix(captioner) as seen:
+        trainer = trainer_of(captioner, pairs, folder, tmp_path, seen, dpo)
+        trainer.data_collator.reference = preference.by_image(scored)
+        batch, _ = drawn(trainer, (0, 1))
+        loss = trainer.compute_loss(captioner.model, batch)
+        ours = gradients(loss, captioner)
+        kl = trainer._metrics["train"]["kl"][-1]
+    captioner.model.__dict__.pop("forward")
+
+    paths, groups = paths_of(folder), trainer.data_collator.groups
+    picked = [trainer.data_collator.order(position) for position in (0, 1)]
+    said = [(paths[groups[i][0].key], groups[i][0].chosen) for i in picked]
+    said += [(paths[p.key], p.rejected) for i in picked for p in groups[i]]
+    other = [(paths[groups[i][0].key], groups[(i + 1) % len(groups)][0].chosen) for i in picked]
+    plain = unshared(captioner, said)
+    mixed = unshared(captioner, other)
+    stock = stock_of(captioner, tmp_path, dpo)
+    with torch.no_grad():
+        labels = mixed["input_ids"].masked_fill(mixed.pop("completion_mask") == 0, -100)
+        kl_logps = captioner.model(**mixed, labels=labels, fused_lm_head=True).log_probs.sum(1)
+    stock._compute_kl_logps = lambda *_: kl_logps  # its own call gives both forwards the same pixels
+    plain |= {name: batch[name] for name in ("label", "ref_logps", "ref_KL_logps")}
+    wanted = stock.compute_loss(captioner.model, plain)
+    assert abs(stock._metrics["train"]["kl"][-1] - kl) < 1e-4
+    torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=1e-5)
+    assert_same(ours, gradients(wanted, captioner))
+
+
+def test_our_terms_equal_plain_forwards(pairs: list[Pair], folder: Path, tmp_path: Path) -> None:
+    """Anchor, image term, token weights and length margin, each against forwards of single sequences."""
+    captioner = prepared()
+    dpo = DPOConfig(
+        beta=BETA, ce_weight=0, anchor_weight=0.5, image_weight=0.25, length_margin=0.02,
+        refuted_weight=3.0, confirmed_weight=0.5,
+    )  # fmt: skip
+    paths = paths_of(folder)
+    with preference.shared_prefix(captioner) as seen:
+        trainer = trainer_of(captioner, pairs, folder, tmp_path, seen, dpo)
+        scored = preference.score(trainer, pairs, "w", 3)
+    captioner.model.__dict__.pop("forward")
+    with torch.no_grad():
+        for pair in scored[:3]:
+            weighted, masked = weigh(captioner, pair, paths)
+            assert pair.ref_rejected_logp == pytest.approx(weighted(pair.rejected).item(), rel=1e-5)
+            assert pair.ref_masked_logp == pytest.approx(masked().item(), rel=1e-5)
+    departed(captioner)
+    with preference.shared_prefix(captioner) as seen:
+        trainer = trainer_of(captioner, pairs, folder, tmp_path, seen, dpo)
+        trainer.data_collator.reference = preference.by_image(scored)
+        batch, _ = drawn(trainer, (0, 1))
+        loss = trainer.compute_loss(captioner.model, batch)
+        assert {0.5, 1.0, 3.0} == set(batch["weights"].unique().tolist())
+        order, groups = trainer.data_collator.order, trainer.data_collator.reference
+    captioner.model.__dict__.pop("forward")
+
+    margins, anchors, images = [], [], []
+    tokens = lambda text: len(render.Renderer(captioner, ViewsConfig()).text_ids(text))  # noqa: E731
+    for group in (groups[order(0)], groups[order(1)]):
+        for pair in group:
+            weighted, masked = weigh(captioner, pair, paths)
+            c, r = (
+                weighted(pair.chosen) - pair.ref_chosen_logp,
+                weighted(pair.rejected) - pair.ref_rejected_logp,
+            )
+            margins.append(BETA * (c - r) + 0.02 * (tokens(pair.chosen) - tokens(pair.rejected)))
+            anchors.append(BETA * c)
+        images.append(BETA * (c - (masked() - pair.ref_masked_logp)))
+    by_hand = sum(
+        weight * -F.logsigmoid(torch.stack(terms)).mean()
+        for weight, terms in ((1, margins), (0.5, anchors), (0.25, images))
+    )
     torch.testing.assert_close(loss, by_hand, rtol=1e-5, atol=1e-5)
-    wanted = torch.autograd.grad(by_hand, captioner.model.get_input_embeddings().soft)[0]
-    torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-5)
+
+
+def weigh(captioner: Captioner, pair: Pair, paths: dict[str, Path]) -> tuple[Any, Any]:
+    """Weighted log-probability of a caption of the pair, and that of its chosen one behind gray views."""
+
+    def weighted(text: str, gray: bool = False) -> torch.Tensor:
+        logps = plain_logps(captioner, paths[pair.key], text, gray)
+        weights, ids = [], render.Renderer(captioner, ViewsConfig()).text_ids
+        parts = text.split(", ")
+        for i, part in enumerate(parts):
+            piece = part if i == 0 else " " + part
+            own = {"keep": 0.5, "drop": 3.0}.get(VERDICTS.get(part, ""), 1.0)
+            weights += [own] * len(ids(piece)) + ([1.0] if i + 1 < len(parts) else [])
+        assert len(weights) + 1 == len(logps)  # and the end token
+        return (logps * torch.tensor([*weights, 1.0])).sum()
+
+    return weighted, lambda: weighted(pair.chosen, gray=True)
 
 
 def fit(
@@ -135,8 +343,10 @@ def fit(
     **more: Any,
 ) -> dict[str, float]:
     renderer = render.Renderer(captioner, ViewsConfig())
-    return train.train_dpo(
-        captioner, renderer, pairs, paths_of(folder), training, out, beta=BETA, ce_weight=CE_WEIGHT, **more
+    quiet = AlarmsConfig(every=0, chosen_below=0)
+    dpo = DPOConfig(beta=BETA, ce_weight=CE_WEIGHT, alarms=more.pop("watch", quiet))
+    return preference.train_preference(
+        captioner, renderer, pairs, paths_of(folder), training, out, dpo, **more
     )
 
 
@@ -165,24 +375,199 @@ def test_resumed_run_equals_an_uninterrupted_one(
 ) -> None:
     straight, dying = frozen_soft(), frozen_soft()
     fit(straight, pairs, folder, tmp_path / "a")
-    step = train._DPO.training_step
+    step = preference._DPO.training_step
 
     def dies(self: Any, *arguments: Any, **named: Any) -> torch.Tensor:
         if self.state.global_step == 3:
             raise InterruptedError
         return step(self, *arguments, **named)
 
-    monkeypatch.setattr(train._DPO, "training_step", dies)
+    monkeypatch.setattr(preference._DPO, "training_step", dies)
     with pytest.raises(InterruptedError):
         fit(dying, pairs, folder, tmp_path / "b")
     monkeypatch.undo()
     # a resumed training is no longer the reference: it must not compute the log-probabilities again
-    monkeypatch.setattr(train, "reference_logps", lambda *_: pytest.fail("computed again"))
+    monkeypatch.setattr(preference, "score", lambda *_: pytest.fail("computed again"))
     resumed = frozen_soft()
     fit(resumed, pairs, folder, tmp_path / "b")
     for (name, a), b in zip(state(straight).items(), state(resumed).values(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6, msg=name)
     assert logged(tmp_path / "a") == pytest.approx(logged(tmp_path / "b"), abs=1e-6)
+
+
+DIES = """
+import os, signal, sys
+from pathlib import Path
+from captioner import preference
+from captioner.records import Pair
+from captioner.runs import Shards
+from tests import test_dpo
+
+step = preference._DPO.training_step
+
+def dies(self, *arguments, **named):
+    if self.state.global_step == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, *arguments, **named)
+
+preference._DPO.training_step = dies
+folder, out = map(Path, sys.argv[1:])
+test_dpo.fit(test_dpo.frozen_soft(), Shards(folder.parent, Pair).read(0), folder, out)
+"""
+
+
+def test_killed_and_resumed_equals_uninterrupted(pairs: list[Pair], folder: Path, tmp_path: Path) -> None:
+    straight = frozen_soft()
+    fit(straight, pairs, folder, tmp_path / "a")
+    Shards(folder.parent, Pair).write(0, pairs)
+    command = [sys.executable, "-c", DIES, str(folder), str(tmp_path / "b")]
+    (tmp_path / "b").mkdir()
+    killed = subprocess.run(command, capture_output=True, timeout=300, cwd=Path(__file__).parent.parent)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    assert [path.name for path in (tmp_path / "b" / "checkpoints").glob("checkpoint-*")] == ["checkpoint-2"]
+    resumed = frozen_soft()
+    fit(resumed, pairs, folder, tmp_path / "b")
+    for (name, a), b in zip(state(straight).items(), state(resumed).values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6, msg=name)
+    assert logged(tmp_path / "a") == pytest.approx(logged(tmp_path / "b"), abs=1e-6)
+
+
+@pytest.mark.parametrize("what", ["weights", "pixels", "tokens", "pairs"])
+def test_a_reference_of_something_else_is_refused(
+    what: str, pairs: list[Pair], folder: Path, tmp_path: Path
+) -> None:
+    fit(frozen_soft(), pairs, folder, tmp_path, TRAINING.model_copy(update={"steps": 1}))
+    shards = Shards(tmp_path / "pairs", Pair)
+    stored = shards.read(0)
+    assert len({pair.ref_pixels for pair in stored}) == len({pair.key for pair in stored})
+    change = {"chosen": "another"} if what == "pairs" else {f"ref_{what}": "0" * 64}
+    shards.write(0, [pair.model_copy(update=change) for pair in stored])
+    with pytest.raises(RunError, match=rf"of other {what}[\s\S]*--redo"):
+        fit(frozen_soft(), pairs, folder, tmp_path)
+
+
+def checkpoints(out: Path) -> list[str]:
+    return sorted(path.name for path in (out / "checkpoints").glob("checkpoint-*"))
+
+
+def test_alarm_where_chosen_falls_below_its_reference(
+    pairs: list[Pair], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    score = preference.score
+
+    def inflated(*arguments: Any) -> list[Pair]:
+        return [p.model_copy(update={"ref_chosen_logp": p.ref_chosen_logp + 9}) for p in score(*arguments)]
+
+    monkeypatch.setattr(preference, "score", inflated)
+    training = TRAINING.model_copy(update={"save_steps": 1, "steps": 8})
+    with pytest.raises(Refused, match=r"for 4 steps the chosen captions[\s\S]*checkpoint-1") as alarm:
+        fit(frozen_soft(), pairs, folder, tmp_path, training, watch=AlarmsConfig(every=0, chosen_below=4))
+    assert alarm.value.exit_code == 3
+    assert checkpoints(tmp_path) == ["checkpoint-1"]  # later ones would not be good ones
+    assert json.loads((tmp_path / "alarm.json").read_text())["kept"] == "checkpoint-1"
+
+
+def test_alarm_of_a_loss_that_is_not_finite_keeps_the_checkpoint_to_go_on_from(
+    pairs: list[Pair], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    straight, poisoned = frozen_soft(), frozen_soft()
+    fit(straight, pairs, folder, tmp_path / "a")
+    loss = preference._DPO._compute_loss
+
+    def nan(self: Any, *arguments: Any) -> torch.Tensor:
+        return loss(self, *arguments) * (float("nan") if self.state.global_step == 3 else 1)
+
+    monkeypatch.setattr(preference._DPO, "_compute_loss", nan)
+    with pytest.raises(Refused, match=r"at step 4[\s\S]*checkpoint-2[\s\S]*images/"):
+        fit(poisoned, pairs, folder, tmp_path / "b")
+    monkeypatch.undo()
+    back = frozen_soft()
+    fit(back, pairs, folder, tmp_path / "b")
+    assert not (tmp_path / "b" / "alarm.json").exists()
+    for (name, a), b in zip(state(straight).items(), state(back).values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6, msg=name)
+
+
+def test_alarm_of_drift(pairs: list[Pair], folder: Path, tmp_path: Path) -> None:
+    captioner = frozen_soft()
+    renderer = render.Renderer(captioner, ViewsConfig())
+    said = [(paths_of(folder)[pair.key], pair.chosen) for pair in pairs[:2]]
+    origin = alarms.origin(captioner, renderer, said)
+    assert alarms.drift(captioner, renderer, origin) == pytest.approx(0, abs=1e-6)
+    watch = AlarmsConfig(every=1, images=2, max_tokens=6, chosen_below=0, max_kl=0.2, max_change=1)
+    training = TRAINING.model_copy(update={"learning_rate": 0.5, "steps": 8})
+    with pytest.raises(Refused, match=r"nats a token from the SFT captioner, the budget is 0\.2"):
+        fit(captioner, pairs, folder, tmp_path, training, watch=watch, origin=origin)
+    assert captioner.model.model.training is False
+    seen = logged(tmp_path, "probe/kl")
+    assert seen[-1] > 0.2 and all(0 <= value <= 0.2 for value in seen[:-1])
+
+
+def test_what_an_alarm_takes_for_wrong() -> None:
+    config = AlarmsConfig(max_change=0.1, max_length_ratio=2, max_kl=1)
+    start = {"ended": 1.0, "repeated": 0.0, "unique": 1.0, "tokens": 40.0}
+    assert alarms.changed(start, start | {"kl": 0.9, "ended": 0.95, "tokens": 79.0}, config) == []
+    for change in (
+        {"ended": 0.8},
+        {"repeated": 0.2},
+        {"unique": 0.4},
+        {"tokens": 81},
+        {"tokens": 19},
+        {"kl": 2},
+    ):
+        assert len(alarms.changed(start, start | change, config)) == 1, change
+
+
+def test_divergence_bounds_the_whole_one_from_below() -> None:
+    torch.manual_seed(0)
+    p, q = (3 * torch.randn(5, 50, dtype=torch.float64)).log_softmax(-1), torch.randn(5, 50).log_softmax(-1)
+    whole = F.kl_div(q.double(), p, log_target=True, reduction="none").sum(-1)
+    ids = p.topk(8).indices
+    part = losses.divergence(p.gather(1, ids), q.double().gather(1, ids))
+    assert (part >= 0).all() and (part <= whole + 1e-9).all() and (part > 0.5 * whole).all()
+    ids = p.topk(49).indices  # one token is left for the rest: nothing is lost
+    exact = losses.divergence(p.gather(1, ids), q.double().gather(1, ids))
+    torch.testing.assert_close(exact, whole, rtol=1e-3, atol=1e-6)
+
+
+def test_token_weights_follow_the_statements() -> None:
+    text = "a red cup,  the dog ; dog"
+    offsets = [(0, 1), (1, 5), (5, 9), (9, 10), (11, 15), (15, 19), (20, 21), (21, 25)]
+    verdicts = {"red cup": "keep", "dog": "drop"}
+    weights = losses.token_weights(text, offsets, verdicts, 0.5, 2.0)
+    assert weights == [0.5, 0.5, 0.5, 1.0, 2.0, 2.0, 1.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"loss": ["kto", "sigmoid"]},
+        {"loss": ["kto"], "anchor_weight": 1},
+        {"loss": ["sigmoid"], "loss_weights": [1, 2]},
+        {"loss": ["exo_pair"]},
+        {"loss": ["ipo"], "length_margin": 0.1},
+        {"loss": ["nonsense"]},
+    ],
+)
+def test_losses_that_do_not_fit(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError):
+        DPOConfig.model_validate(wrong)
+
+
+@pytest.mark.parametrize("loss", ["exo_pair", "kto"])
+def test_a_loss_by_name_trains(loss: str, pairs: list[Pair], folder: Path, tmp_path: Path) -> None:
+    dpo = DPOConfig.model_validate(
+        {"loss": [loss], "label_smoothing": 0.1, "ce_weight": 0.5, "alarms": {"every": 0, "chosen_below": 0}}
+    )
+    captioner = frozen_soft()
+    before = state(captioner)
+    training = TRAINING.model_copy(update={"steps": 1, "warmup": 0.0})
+    renderer = render.Renderer(captioner, ViewsConfig())
+    metrics = preference.train_preference(
+        captioner, renderer, pairs, paths_of(folder), training, tmp_path, dpo
+    )
+    assert metrics["logps/chosen"] < 0 and metrics["logps/rejected"] < 0  # absolute ones, beside the margins
+    assert any(not torch.equal(before[name], p) for name, p in state(captioner).items())
 
 
 def made_round(run_dir: Path, config: Config, pairs: Sequence[Pair], folder: Path) -> None:
@@ -208,8 +593,10 @@ def made_round(run_dir: Path, config: Config, pairs: Sequence[Pair], folder: Pat
 @pytest.mark.parametrize("golden_sft_steps", [0, 2])
 def test_dpo_command(pairs: list[Pair], folder: Path, tmp_path: Path, golden_sft_steps: int) -> None:
     tuning = AdapterTuning(vision_width=4, language_width=4)
-    dpo = DPOConfig(golden_sft_steps=golden_sft_steps, tuning=tuning, training=TRAINING)
-    config, run_dir = Config(dpo=dpo), tmp_path / "run"
+    watch = AlarmsConfig(every=2, images=2, max_tokens=8, chosen_below=0)
+    dpo = DPOConfig(golden_sft_steps=golden_sft_steps, tuning=tuning, training=TRAINING, alarms=watch)
+    held_out = {"gate": {"data": "scenes:validation:2"}, "evaluate": {"data": "scenes:test:2"}}
+    config, run_dir = Config.model_validate({"dpo": dpo, **held_out}), tmp_path / "run"
     made_round(run_dir, config, pairs, folder)
     args = argparse.Namespace(run_dir=run_dir, redo=False, round=1)
     assert loop.run(config, args) == 0
@@ -228,6 +615,15 @@ def test_dpo_command(pairs: list[Pair], folder: Path, tmp_path: Path, golden_sft
     width = model.load(home / "captioner").model.config.text_config.intermediate_size
     assert width == referee.model.config.text_config.intermediate_size + 4
     assert not (home / "dpo" / "checkpoints").exists()
+
+
+def test_pairs_of_an_evaluation_image_are_refused(pairs: list[Pair], folder: Path, tmp_path: Path) -> None:
+    config = Config.model_validate(
+        {"gate": {"data": "scenes:validation:1"}, "evaluate": {"data": str(folder)}}
+    )
+    made_round(tmp_path / "run", config, pairs, folder)
+    with pytest.raises(Refused, match="4 images of the pairs are evaluation images"):
+        loop.run(config, argparse.Namespace(run_dir=tmp_path / "run", redo=False, round=1))
 
 
 def test_a_round_without_pairs_names_the_command(tmp_path: Path) -> None:

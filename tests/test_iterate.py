@@ -178,12 +178,14 @@ def test_an_unreadable_image_is_a_row_and_many_are_refused(run: Run, tmp_path: P
 def test_iterate_promotes_and_resumes(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint(run.captioner_dir(0), "lies")
     calls = make_steps(monkeypatch, "oracle")
-    assert iterate.run(run.config, arguments(run, rounds=[1, 2])) == 0
+    assert iterate.run(run.config, arguments(run, rounds=[1, 2, 3])) == 0
+    # round 2 is no better: the rounds stop there by themselves
     assert calls == [f"{name} {number}" for number in (1, 2) for name in ("qa", "golden", "dpo")]
+    assert not json.loads((run.path / "round-2" / "gate.json").read_text())["promoted"]
     gate = json.loads((run.path / "round-1" / "gate.json").read_text())
     assert gate["promoted"]
     assert gate["difference"]["hallucinated"]["high"] < 0
-    assert run.current_captioner(2) == run.captioner_dir(1)
+    assert run.current_captioner(2) == run.newest_captioner() == run.captioner_dir(1)
     assert sorted(StandIn.loaded) == [
         "lies",
         "oracle",

@@ -15,18 +15,32 @@ LEVELS = (
     {"errors", "config", "records", "prompts", "runs", "scenes"},
     {"views", "model", "adapters", "soft_prompt", "distributed"},
     {"render", "engines", "tool"},
-    {"train", "qa", "golden", "planted", "pairs", "fuse", "metrics", "report", "formats"},
+    {
+        "losses",
+        "alarms",
+        "train",
+        "preference",
+        "qa",
+        "golden",
+        "planted",
+        "pairs",
+        "fuse",
+        "metrics",
+        "report",
+        "formats",
+    },
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS, 1) for name in names}
 DOORS = {
     "adapters": {"captioner.adapters"},
     "peft": {"captioner.adapters"},
-    "trl": {"captioner.train"},
+    "trl": {"captioner.train", "captioner.preference"},
     "datasets": {
         "captioner.records",
         "captioner.formats",
         "captioner.train",
-    },  # train: the type that TRL takes
+        "captioner.preference",
+    },  # these two: the type that TRL takes
     "vllm": {"captioner.engines"},
     "ray": {"captioner.engines"},
 }

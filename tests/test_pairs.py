@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from captioner import pairs
 from captioner.config import PairsConfig
-from captioner.records import Candidate, Claim, Golden
+from captioner.errors import Refused
+from captioner.records import Candidate, Claim, Golden, Pair
 
 
 def candidate(k: int, text: str, finish_reason: str = "stop") -> Candidate:
@@ -104,3 +105,56 @@ def test_never_the_golden_never_twice(said: list[list[str]], per_image: int, min
     assert counts == sorted(counts, reverse=True)
     assert all(count >= min_refuted for count in counts)
     assert counts == [len({"dog", "cat"} & set(said[pair.k])) for pair in made]
+
+
+LONG = " ".join("abcdefghijklmnop")
+
+
+def ids(text: str) -> list[int]:
+    return [ord(c) for c in text]
+
+
+def many(count: int = 20) -> list[Pair]:
+    claims = [claim("red cup", [0], "keep"), claim("dog", [0], "drop")]
+    made = []
+    for i in range(count):
+        [pair] = pairs.build(golden("red cup"), [candidate(0, f"red cup, dog, {i}")], claims, PairsConfig())
+        made.append(pair.model_copy(update={"sample": f"s{i}", "key": f"i{i}"}))
+    return made
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"sample": "s1", "key": "elsewhere", "rejected": "Red  cup, the dog, 1"}, "repeated"),
+        ({"rejected": "Red cup."}, "identical"),
+        ({"chosen": f"red cup, {LONG} q", "rejected": f"red cup, {LONG} r"}, "identical"),
+        ({"rejected": "red cup, " + "x" * 300}, "too long"),
+        ({"chosen": "x" * 256}, "too long"),  # 257 with the end token
+        ({"ended": False}, "unended"),
+        ({"refuted_in_rejected": 0}, "too few refuted"),
+    ],
+)  # fmt: skip
+def test_lint_drops_and_counts(change: dict[str, object], reason: str) -> None:
+    rows = many()
+    bad = rows[0].model_copy(update={"sample": "new", **change})
+    config = PairsConfig(max_similarity=0.97, max_length_ratio=9)
+    kept, seen = pairs.lint([*rows, bad], ids, {}, config)
+    assert kept == rows
+    assert seen[reason] == 1 and seen["kept"] == 20
+    assert (
+        sum(seen[name] for name in ("repeated", "identical", "too long", "unended", "too few refuted")) == 1
+    )
+    assert seen["chosen tokens"] == 8  # characters, and the end token
+
+
+def test_lint_fails_past_its_limits() -> None:
+    rows = many()
+    with pytest.raises(Refused, match="3 images of the pairs are evaluation images") as leak:
+        pairs.lint(rows, ids, {f"s{i}": f"val/{i}" for i in (3, 4, 5)}, PairsConfig(max_length_ratio=9))
+    assert "i3 = val/3" in leak.value.where
+    assert leak.value.exit_code == 3
+    with pytest.raises(Refused, match=r"drops 5 of 25 pairs \(5 repeated\)"):
+        pairs.lint([*rows, *rows[:5]], ids, {}, PairsConfig(max_dropped=0.19, max_length_ratio=9))
+    with pytest.raises(Refused, match="chosen captions have 8 tokens on average, rejected ones 16"):
+        pairs.lint(rows, ids, {}, PairsConfig(max_length_ratio=1.9))

@@ -47,9 +47,13 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> list[ImageRow]:
 
 
 def prepared(
-    tuning: Any = None, soft: int = 4, seed: int = 1, dtype: torch.dtype = torch.float32
+    tuning: Any = None,
+    soft: int = 4,
+    seed: int = 1,
+    family: str = "qwen3_vl",
+    dtype: torch.dtype = torch.float32,
 ) -> Captioner:
-    captioner = tiny_captioner(dtype=dtype)
+    captioner = tiny_captioner(family, dtype=dtype)
     tuning = tuning or AdapterTuning(vision_width=4, language_width=4)
     train.tune(captioner, tuning, SoftPromptConfig(length=soft) if soft else None, seed)
     return captioner

@@ -1,0 +1,242 @@
+"""Pairs per second and peak memory of preference training against TRL's own DPOTrainer.
+
+    python benchmarks/dpo_step.py [--steps 8] [--hidden 256]
+
+One random Qwen3-VL, the same images in six views, the same captions (a quarter of the prompt long), the same
+losses (sigmoid and sft), full fine-tuning with AdamW, float32 on a CPU and bfloat16 autocast on CUDA. TRL's
+trainer gets the six views as six images and computes its reference from a second model in every step, as it
+does for images; ours computes it once before, and that time is counted too. Each of the four cases runs in a
+process of its own; peak memory is that of the process on a CPU, of the allocator on CUDA, above what is
+there before the model is loaded. Seconds are those of the processor on a CPU, so that other work on the
+machine does not count, and of the clock on CUDA.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+BETA, CE_WEIGHT, VIEW = 0.1, 1.0, 128  # px
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--steps", type=int, default=8, help="timed steps of each case (default 8)")
+    parser.add_argument("--hidden", type=int, default=256, help="width of the language model (default 256)")
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.case:
+        print(json.dumps(measure(*args.case.split(":"), args.steps, args.hidden)))
+        return
+    for rejected, images in ((1, 4), (4, 2)):
+        found = {}
+        for kind in ("stock", "shared"):
+            command = [sys.executable, __file__, "--case", f"{kind}:{rejected}:{images}"]
+            command += ["--steps", str(args.steps), "--hidden", str(args.hidden)]
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            found[kind] = json.loads(done.stdout.splitlines()[-1])
+            one = found[kind]
+            print(
+                f"{rejected} rejected, {kind:6}: {one['pairs_s']:.2f} pairs/s, "
+                f"peak {one['peak_mib']:.0f} MiB (prompt {one['prompt']} tokens, caption {one['caption']}), "
+                f"{one['device']}",
+                flush=True,
+            )
+        stock, shared = found["stock"], found["shared"]
+        print(
+            f"{rejected} rejected: {shared['pairs_s'] / stock['pairs_s']:.2f} times the pairs/s at "
+            f"{shared['peak_mib'] / stock['peak_mib']:.2f} of the peak memory",
+            flush=True,
+        )
+
+
+def measure(kind: str, rejected: str, images: str, steps: int, hidden: int) -> dict[str, Any]:
+    import torch
+
+    from captioner import model, render, scenes
+    from captioner.config import TrainingConfig, ViewsConfig
+
+    with tempfile.TemporaryDirectory() as text:
+        folder = Path(text)
+        scenes.write("round", int(images), folder / "images")
+        base = model.build_random(
+            folder / "model", architecture(hidden), tokenizer(), view_size=VIEW, seed=0, dtype=torch.float32
+        )
+        del base
+        before = memory()
+        captioner = model.load(folder / "model")
+        captioner.model.requires_grad_(True)
+        renderer = render.Renderer(captioner, ViewsConfig())
+        pairs, paths = made_pairs(renderer, folder / "images", int(rejected))
+        training = TrainingConfig(
+            steps=steps + 1, batch_size=int(images), learning_rate=1e-5, warmup=0, save_steps=10**6
+        )
+        clock: list[float] = []
+        run = stock if kind == "stock" else shared
+        extra = run(captioner, renderer, pairs, paths, training, folder, clock)
+        seconds = clock[-1] - clock[0] + extra * steps  # the first step warms up
+        grid = renderer.images_batch([image(next(iter(paths.values())))])[0][1]
+        return {
+            "pairs_s": len(pairs) * steps / seconds,
+            "peak_mib": memory(peak=True) - before,
+            "prompt": len(renderer.prefix_ids(grid)) + len(renderer.branch_ids(None)[0]),
+            "caption": len(renderer.text_ids(pairs[0].chosen)) + 1,
+            "device": str(captioner.device),
+        }
+
+
+def now() -> float:
+    import torch
+
+    if not torch.cuda.is_available():
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.monotonic()
+
+
+def memory(peak: bool = False) -> float:
+    """MiB that this process holds, or has held at most."""
+    import torch
+
+    if torch.cuda.is_available():
+        return (torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()) / 2**20
+    if peak:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 2**20
+
+
+def shared(
+    captioner: Any, renderer: Any, pairs: Any, paths: Any, training: Any, out: Path, clock: Any
+) -> float:
+    """Trains; returns the seconds that the reference of one step's pairs took."""
+    from captioner import preference, train
+    from captioner.config import DPOConfig
+
+    dpo = DPOConfig(beta=BETA, ce_weight=CE_WEIGHT)
+    collator = preference.PairCollator(renderer, pairs, paths, training, dpo, {})
+    args = preference.arguments(captioner, training, out, dpo)
+    with preference.shared_prefix(captioner) as seen:
+        trainer = train.make_trainer(preference._DPO, captioner, collator, args, ticks(clock))
+        trainer.seen, trainer.dpo = seen, dpo
+        start = now()
+        collator.reference = preference.by_image(preference.score(trainer, pairs, "", training.batch_size))
+        took = now() - start
+        trainer.train()
+    return took
+
+
+def stock(
+    captioner: Any, renderer: Any, pairs: Any, paths: Any, training: Any, out: Path, clock: Any
+) -> float:
+    """TRL alone: its trainer, its collator, its reference model."""
+    from datasets import Dataset
+    from trl import DPOTrainer
+
+    from captioner import model, preference, prompts, views
+    from captioner.config import DPOConfig
+
+    rows = []
+    for pair in pairs:
+        cut = views.cut(image(paths[pair.key]), renderer.plan(*image(paths[pair.key]).size))
+        prompt = [{"type": "image"}] * len(cut) + [{"type": "text", "text": prompts.load("caption")}]
+        said = {
+            side: [{"role": "assistant", "content": [{"type": "text", "text": getattr(pair, side)}]}]
+            for side in ("chosen", "rejected")
+        }
+        rows.append({"images": cut, "prompt": [{"role": "user", "content": prompt}], **said})
+    args = preference.arguments(captioner, training, out, DPOConfig(beta=BETA, ce_weight=CE_WEIGHT))
+    args.precompute_ref_log_probs = False  # TRL refuses it for images
+    args.per_device_train_batch_size = len(pairs)
+    trainer = DPOTrainer(
+        model=captioner.model,
+        ref_model=model.load(captioner.path).model,
+        args=args,
+        train_dataset=Dataset.from_list(rows * training.steps),
+        processing_class=captioner.processor,
+        callbacks=[ticks(clock)],
+    )
+    trainer.train()
+    return 0.0
+
+
+def ticks(clock: list[float]) -> Any:
+    from transformers import TrainerCallback
+
+    class Ticks(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            clock.append(now())
+
+    return Ticks()
+
+
+def image(path: Path) -> Any:
+    from captioner.views import load_image
+
+    return load_image(path)[0]
+
+
+def made_pairs(renderer: Any, folder: Path, rejected: int) -> tuple[list[Any], dict[str, Path]]:
+    """Captions a quarter of the prompt long."""
+    from captioner.formats.folder import read_folder
+    from captioner.records import Pair
+
+    rows = read_folder(folder)
+    paths = {row.key: row.path for row in rows}
+    _, grid = renderer.images_batch([image(rows[0].path)])[0]
+    tokens = len(renderer.prefix_ids(grid)) // 4
+
+    def caption(words: list[str], turn: int) -> str:
+        said = words[turn % len(words) :] + words[: turn % len(words)]
+        text = ", ".join(said)
+        while len(renderer.text_ids(text)) < tokens:
+            text += ", " + said[len(text) % len(said)]
+        return text
+
+    pairs = [
+        Pair(sample=row.key, key=row.key, chosen=caption(words, 0), rejected=caption(words, k + 1), k=k,
+             refuted_in_rejected=1)
+        for row in rows
+        for words in [(row.caption or "").split(", ")]
+        for k in range(rejected)
+    ]  # fmt: skip
+    return pairs, paths
+
+
+def tokenizer() -> Any:
+    from captioner import model, scenes
+
+    captions = [scenes.shorthand(scenes.sample("train", i)) for i in range(200)]
+    return model.build_tokenizer(
+        [*captions, "Describe the image. Caption: whole top left right"], vocab_size=420
+    )
+
+
+def architecture(hidden: int) -> Any:
+    from transformers import Qwen3VLConfig
+
+    heads = hidden // 32
+    words = len(tokenizer())
+    text = dict(
+        vocab_size=words, hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=6,
+        num_attention_heads=heads, num_key_value_heads=heads // 2, head_dim=32,
+        max_position_embeddings=4096, tie_word_embeddings=True,
+        rope_scaling={"rope_type": "default", "mrope_section": [6, 5, 5], "mrope_interleaved": True},
+    )  # fmt: skip
+    vision = dict(
+        depth=4, num_heads=6, patch_size=8, spatial_merge_size=2, temporal_patch_size=2, hidden_size=192,
+        intermediate_size=576, out_hidden_size=hidden, num_position_embeddings=256,
+        deepstack_visual_indexes=[1],
+    )  # fmt: skip
+    return Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True)
+
+
+if __name__ == "__main__":
+    main()
