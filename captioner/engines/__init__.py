@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from PIL import Image
-
-from captioner.config import SamplingConfig
+from captioner.config import Config, SamplingConfig
 from captioner.records import Candidate
+from captioner.views import Picture
+
+if TYPE_CHECKING:
+    from captioner.render import Renderer
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class CaptionRequest:
     """An image to caption."""
 
     key: str
-    image: Image.Image | Path
+    image: Picture | Path
     sample_id: str  # sha256 of the image bytes; seeds the samples
 
 
@@ -29,7 +31,7 @@ class CaptionRequest:
 class QuestionBatch:
     """All questions about one image, each as the full text of the user's turn."""
 
-    image: Image.Image | Path
+    image: Picture | Path
     questions: list[str]
     view: str = "all"  # or the tag of the one view that is shown
 
@@ -43,6 +45,8 @@ class YesNo:
 
 
 class Engine(Protocol):
+    renderer: Renderer
+
     def sample(
         self, requests: Iterable[CaptionRequest], n: int, sampling: SamplingConfig
     ) -> Iterator[list[Candidate]]:
@@ -60,3 +64,12 @@ class Engine(Protocol):
     def close(self) -> None:
         """Free what the engine holds."""
         ...
+
+
+def make_engine(checkpoint: Path, config: Config, prompt: str | None = None) -> Engine:
+    """The engine that ``config.engine.type`` names, with the captioner of ``checkpoint``."""
+    from captioner import model  # imports torch
+    from captioner.engines.hf import HFEngine
+
+    loaded = model.load(config.model.model_copy(update={"path": str(checkpoint)}))
+    return HFEngine(loaded, config.views, config.engine, prompt)

@@ -251,7 +251,7 @@ class HFEngine:
 
     # ---- forward passes
 
-    def _cut(self, image: Image.Image | Path, view: str = "all") -> Shown:
+    def _cut(self, image: views.Picture | Path, view: str = "all") -> Shown:
         """The patches of an image: of all its views, or of the one of that tag."""
         decoded = views.load_image(image)[0] if isinstance(image, Path) else image
         part = self.renderer.patches_batch([decoded])[0]
