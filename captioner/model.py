@@ -32,6 +32,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from captioner.config import ModelConfig, ViewsConfig
 from captioner.errors import CheckpointError
+from captioner.runs import checkpoint_path
 
 DEFAULT_VIEW_SIZE = 448  # px; where the checkpoint fixes none
 SOFT_TOKEN = "<|soft_{}|>"
@@ -216,15 +217,6 @@ def load(
         _strip_soft_rows(captioner, own["soft_prompt_ids"], own["base_vocab_size"])
     speed_up_vision(captioner)
     return captioner
-
-
-def checkpoint_path(path: str) -> Path:
-    """The directory of a checkpoint; ``scenes-base`` is the one shipped with the repository or the wheel."""
-    if path != "scenes-base":
-        return Path(path)
-    package = Path(__file__).resolve().parent
-    places = (package.parent / "data" / "scenes" / "base", package / "_scenes_base")
-    return next((place for place in places if place.is_dir()), places[0])
 
 
 def stored_dtype(path: Path) -> Literal["auto", "float32", "bfloat16", "float16", "float64"]:

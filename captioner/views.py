@@ -177,12 +177,13 @@ def _decode(data: bytes, spec: ViewSpec | None = None) -> tuple[Image.Image, tup
             with Image.open(BytesIO(data), formats=FORMATS) as image:
                 _check_size(image.width, image.height)
                 image.seek(0)
-                turned = _turned(image)
-                size = (image.height, image.width) if turned else image.size
+                size = None
                 if spec is not None and isinstance(image, JpegImageFile):
+                    size = (image.height, image.width) if _turned(image) else image.size
                     _draft(image, _reduction(spec.plan(*size)))
                 image.load()
-                return _rgb(_upright(image)), size
+                shown = _rgb(_upright(image))
+                return shown, size or shown.size
         except BadImage:
             raise
         except UnidentifiedImageError as error:
@@ -223,7 +224,7 @@ def _draft(image: JpegImageFile, reduction: float) -> None:
         image.draft(image.mode, (image.width // scale, image.height // scale))
 
 
-def _turned(image: Image.Image) -> bool:
+def _turned(image: JpegImageFile) -> bool:
     """Whether the EXIF orientation swaps width and height."""
     try:
         return image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)

@@ -15,7 +15,7 @@ LEVELS = (
     {"errors", "config", "records", "prompts", "runs", "scenes"},
     {"views", "model", "adapters", "soft_prompt"},
     {"render", "engines", "tool"},
-    {"train", "qa", "golden", "pairs", "fuse", "metrics", "report", "formats"},
+    {"train", "qa", "golden", "pairs", "fuse", "metrics", "report", "formats", "bulk"},
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS, 1) for name in names}
 DOORS = {

@@ -14,18 +14,19 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from captioner.bulk.output import Output
 from captioner.bulk.watch import Watch
-from captioner.bulk.worker import FLUSH, Settings, Task, failed_row
+from captioner.bulk.worker import FLUSH, Settings, Task, ahead, failed_row
 from captioner.errors import RunError, UserError
 from captioner.formats.source import ShardRef
 from captioner.records import CaptionRow
 
 STARTS = 3  # times that a worker may die before it is ready
+DEATHS = 20  # workers that may die one after the other without a caption in between
 UNREAD = 2  # shards that a worker is handed ahead
 POLL = 0.2  # seconds
 
@@ -67,7 +68,13 @@ class Coordinator:
     """Runs a job on a pool; ``lost`` lists the shards that could not be read, with the reason."""
 
     def __init__(
-        self, pool: Pool, workers: int, shards: Iterator[ShardRef], settings: Settings, output: Output, watch: Watch
+        self,
+        pool: Pool,
+        workers: int,
+        shards: Iterator[ShardRef],
+        settings: Settings,
+        output: Output,
+        watch: Watch,
     ):
         self.pool, self.settings, self.output, self.watch = pool, settings, output, watch
         self.limits = settings.config.caption
@@ -76,12 +83,13 @@ class Coordinator:
         self.again: deque[_Shard] = deque()  # to be tried image by image
         self.back: deque[_Shard] = deque()  # to go on as usual
         self.lost: list[tuple[str, str]] = []
-        self._singly = 2 * (settings.config.engine.batch_size + self.limits.ahead)
+        self._deaths = 0  # since the last caption
+        self._singly = 4 * ahead(settings.config)  # more than any engine has in hand
         self._next: _Shard | None = None
         self._advance()
 
     def run(self) -> None:
-        """Until every shard is published or lost. Raises what a worker refuses, RunError where none starts."""
+        """Until every shard is published or lost. Raises what a worker refuses, RunError if none starts."""
         try:
             for number in self.workers:
                 self._start(number)
@@ -111,7 +119,9 @@ class Coordinator:
             if not worker.ready or worker.alone:
                 continue
             if self.again and not worker.shards:
-                worker.alone = True
+                if worker.streaming:
+                    self.pool.send(number, FLUSH)
+                worker.alone, worker.streaming = True, False
                 self._give(number, self.again.popleft(), self._singly)
                 continue
             while self._next and worker.unread < UNREAD:
@@ -147,30 +157,38 @@ class Coordinator:
             self.watch.say(f"worker {number} failed:\n{event[1]}")
         elif kind == "died":
             self._died(number, worker.why or event[1])
-        else:
-            shard = worker.shards[event[1]]
-            if kind == "read":
-                worker.unread -= 1
-            elif kind == "rows":
-                new = [(n, row) for n, row in event[2] if n not in shard.rows]
-                shard.rows.update(new)
-                self.watch.rows(number, [row for _, row in new])
-            elif kind == "trying":
-                shard.trying = event[2], event[3]
-            elif kind == "end":
-                shard.count = event[2]
-            elif kind == "stopped":  # nothing died: the rest may come as usual
-                self._leave(worker, shard)
-                self.back.append(shard)
-                if self._next is None:
-                    self._advance()
-            elif kind == "unreadable":
-                self._leave(worker, shard)
-                self._lose(shard, event[2])
-            if shard.count is not None and len(shard.rows) == shard.count:
-                self._leave(worker, shard)
-                self.output.publish(shard.ref.index, [shard.rows[n] for n in range(shard.count)])
-                self.watch.shard()
+        elif kind == "read":
+            worker.unread -= 1
+        elif (shard := worker.shards.get(event[1])) is not None:  # None: it was left out meanwhile
+            self._take(number, shard, event)
+
+    def _take(self, number: int, shard: _Shard, event: tuple[Any, ...]) -> None:
+        """What a worker says of a shard."""
+        worker, kind = self.workers[number], event[0]
+        if kind == "rows":
+            new = [(n, row) for n, row in event[2] if n not in shard.rows]
+            shard.rows.update(new)
+            if any(row.error is None for _, row in new):
+                self._deaths = 0
+            self.watch.rows(number, [row for _, row in new])
+        elif kind == "trying":
+            shard.trying = event[2], event[3]
+        elif kind == "end":
+            shard.count = event[2]
+        elif kind == "stopped":  # nothing died: the rest may come as usual
+            self._leave(worker, shard)
+            self._go_on(shard)
+        elif kind == "unreadable":
+            self._leave(worker, shard)
+            self._lose(shard, event[2])
+        if shard.count is not None and len(shard.rows) == shard.count:
+            self._leave(worker, shard)
+            self.output.publish(shard.ref.index, [shard.rows[n] for n in range(shard.count)])
+
+    def _go_on(self, shard: _Shard) -> None:
+        self.back.append(shard)
+        if self._next is None:
+            self._advance()
 
     def _leave(self, worker: _Worker, shard: _Shard) -> None:
         if worker.shards.pop(shard.ref.index, None) is not None and worker.alone:
@@ -186,6 +204,10 @@ class Coordinator:
         worker = self.workers[number]
         self.watch.worker(number, "died")
         self.watch.say(f"worker {number} died ({reason}); it is started anew")
+        self._deaths += 1
+        if self._deaths >= DEATHS:
+            mend = "see their messages above; the same command goes on where the job stopped"
+            raise RunError(f"{DEATHS} workers died, and no caption came: {reason}", mend=mend)
         if not worker.ready:
             worker.starts += 1
             if worker.starts >= STARTS:
@@ -201,7 +223,7 @@ class Coordinator:
         self._start(number)
 
     def _strike(self, shard: _Shard, reason: str) -> None:
-        """A worker died while it tried images of this shard alone: at the one it tried, or reading the next."""
+        """A worker died that tried images of this shard alone: at the one it tried, or reading the next."""
         number, key = shard.trying or (-1, "")
         if number in shard.rows:
             number = -1
@@ -215,9 +237,7 @@ class Coordinator:
             error = f"{self.limits.attempts} workers died at this image: {reason}"
             shard.rows[number] = failed_row(self.settings, key, error)
             self.watch.rows(None, [shard.rows[number]])
-            self.back.append(shard)
-            if self._next is None:
-                self._advance()
+            self._go_on(shard)
 
     def _kill_stalled(self) -> None:
         for number, worker in self.workers.items():

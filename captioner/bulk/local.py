@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import Connection, wait
@@ -17,7 +18,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, TypeVar
 
-from captioner.bulk.worker import Executor, Settings, work
+from captioner.bulk.worker import Executor, Settings, ahead, work
 
 T = TypeVar("T")
 DEVICES = "CUDA_VISIBLE_DEVICES"
@@ -39,10 +40,10 @@ class Inline:
     def __init__(self, ahead: int):
         self.ahead = ahead
 
-    def submit(self, work: Callable[..., T], *args: Any) -> Future[T]:
+    def submit(self, function: Callable[..., T], *args: Any) -> Future[T]:
         future: Future[T] = Future()
         try:
-            future.set_result(work(*args))
+            future.set_result(function(*args))
         except Exception as error:  # as any executor does
             future.set_exception(error)
         return future
@@ -66,17 +67,17 @@ class Processes:
             processes, mp_context=_context(), initializer=_end_with, initargs=(os.getpid(),)
         )
 
-    def submit(self, work: Callable[..., T], *args: Any) -> Future[T]:
+    def submit(self, function: Callable[..., T], *args: Any) -> Future[T]:
         with self._lock:
             try:
-                return self._pool.submit(work, *args)
+                return self._pool.submit(function, *args)
             except BrokenProcessPool:
                 self._pool = self._new(self.processes)
-                return self._pool.submit(work, *args)
+                return self._pool.submit(function, *args)
 
-    def alone(self, work: Callable[..., T], *args: Any) -> Future[T]:
+    def alone(self, function: Callable[..., T], *args: Any) -> Future[T]:
         with self._new(1) as pool:
-            future = pool.submit(work, *args)
+            future = pool.submit(function, *args)
             future.exception()  # waits
         return future
 
@@ -101,10 +102,8 @@ class LocalPool:
         self._running[worker] = process, ours
 
     def send(self, worker: int, message: Any) -> None:
-        try:
+        with contextlib.suppress(OSError):  # it is dead, as poll will say
             self._running[worker][1].send(message)
-        except OSError:
-            pass  # it is dead, as poll will say
 
     def poll(self, seconds: float) -> list[tuple[int, tuple[Any, ...]]]:
         found: list[tuple[int, tuple[Any, ...]]] = []
@@ -112,7 +111,7 @@ class LocalPool:
         for worker, (process, connection) in list(self._running.items()):
             alive = process.is_alive()  # before the pipe is emptied: what it said last comes first
             try:
-                while connection in ready and connection.poll():
+                while connection in ready and connection.poll():  # also after its end: then recv tells
                     found.append((worker, connection.recv()))
             except (EOFError, OSError):
                 self.kill(worker)
@@ -128,11 +127,7 @@ class LocalPool:
         self._running[worker][0].kill()
 
     def close(self) -> None:
-        for process, connection in self._running.values():
-            try:
-                connection.send(None)
-            except OSError:
-                pass
+        for process, _ in self._running.values():
             process.kill()
         for process, connection in self._running.values():
             process.join()
@@ -145,7 +140,9 @@ def executor(processes: int, ahead: int) -> Executor:
     return Processes(processes, ahead) if processes else Inline(ahead)
 
 
-def _main(connection: Connection, parent: int, device: str | None, settings: Settings, processes: int) -> None:
+def _main(
+    connection: Connection, parent: int, device: str | None, settings: Settings, processes: int
+) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: the coordinator ends its workers
     _end_with(parent)
     if device is not None:
@@ -156,7 +153,7 @@ def _main(connection: Connection, parent: int, device: str | None, settings: Set
         with lock:
             connection.send(event)
 
-    work(settings, executor(processes, settings.config.caption.ahead_of(settings.config.engine)), connection.recv, emit)
+    work(settings, executor(processes, ahead(settings.config)), connection.recv, emit)
     connection.close()
     sys.stdout.flush()
     sys.stderr.flush()

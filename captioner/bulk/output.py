@@ -22,7 +22,7 @@ MANIFEST = ".job.json"  # hidden, all of them, so that `datasets` loads the fold
 JOURNAL = ".shards.jsonl"
 STATUS = ".status.json"
 JSONL = "captions.jsonl"
-BOUND = ("input", "checkpoint", "config", "shard_rows")  # what a job cannot change underway
+BOUND = ("input", "checkpoint", "config")  # what a job cannot change underway
 
 
 @dataclass
@@ -123,6 +123,8 @@ def claim(out: Path, job: dict[str, Any]) -> Output:
     before = stored_job(out)
     changed = [name for name in BOUND if before and before.get(name) != job[name]]
     if changed:
+        if before.get("shard_rows") != job["shard_rows"]:  # cuts the same input into other shards
+            changed = ["shard_rows" if name == "input" else name for name in changed]
         what = f"this output was begun with another {' and '.join(changed)}"
         mend = "name a new --out, or start over with --redo"
         raise RunError(what, where=str(out / MANIFEST), mend=mend)

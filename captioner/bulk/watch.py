@@ -8,7 +8,7 @@ import sys
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,9 @@ from captioner.runs import Progress, atomic_write_json, atomic_write_text
 
 LEAST = 100  # rows: fewer at the end of a job are not judged
 WINDOW = 60.0  # seconds over which rates are measured
-REFUSAL = re.compile(r"\W*(?:i['’]?m sorry|i am sorry|sorry\b|i can(?:no|['’])t|i am unable|i['’]m unable|as an ai)", re.I)
+REFUSAL = re.compile(
+    r"\W*(?:i['’]?m sorry|i am sorry|sorry\b|i can(?:no|['’])t|i am unable|i['’]m unable|as an ai)", re.I
+)
 GRAM = 4  # words
 REPEATED = 0.5  # share of a caption's word sequences that occurred before
 
@@ -64,7 +66,11 @@ class Tripwires:
         self.length = self.length or mean
         drift = abs(mean - self.length) / self.length if self.length else 0.0
         shares = (
-            ("same", times / len(distinct) if times > 1 else 0.0, f"have one and the same caption: {most[:60]!r}"),
+            (
+                "same",
+                times / len(distinct) if times > 1 else 0.0,
+                f"have one and the same caption: {most[:60]!r}",
+            ),
             ("empty", _share(row.error == "the model wrote no caption" for row in block), "are empty"),
             ("refused", _share(bool(REFUSAL.match(text)) for text in texts), "refuse to caption"),
             ("cut", _share(row.finish_reason == "length" for row in block), "are cut by the token limit"),
@@ -109,7 +115,7 @@ class Watch:
         self.config, self.output, self.bar = config, output, bar
         self.shards, self.images = shards, images
         self.before = output.tally.rows
-        self.done = self.failed = self.tokens = self.shards_done = 0
+        self.done = self.failed = self.tokens = 0
         self.warnings: list[str] = []
         self.workers: dict[int, _Worker] = {}
         self.wires = Tripwires(config.tripwires)
@@ -132,9 +138,6 @@ class Watch:
         self.tokens += sum(row.tokens or 0 for row in rows)
         self.bar.advance(len(rows))
         self._trip(self.wires.see(rows))
-
-    def shard(self) -> None:
-        self.shards_done += 1
 
     def say(self, text: str) -> None:
         """Note something for whoever looks, and print it."""

@@ -40,7 +40,7 @@ class Executor(Protocol):
     """Where images are prepared: processes of this machine, or of a cluster."""
 
     crashed: tuple[type[Exception], ...]  # what a future raises where its process died
-    ahead: int  # images that may be under way at once, beyond those that the engine has asked for
+    ahead: int  # images that are prepared before the engine asks for them
 
     def submit(self, work: Callable[..., T], *args: Any) -> Future[T]: ...
     def alone(self, work: Callable[..., T], *args: Any) -> Future[T]: ...
@@ -189,7 +189,7 @@ class Worker:
             self._emit(("end", index, count))
 
     def _try(self, task: Task) -> int | None:
-        """Caption up to ``task.singly`` images, each announced; the images of the shard if it was the rest."""
+        """Caption up to ``task.singly`` images, each announced; the shard's count if none is left."""
         count = tried = 0
         for number, item in enumerate(read_shard(task.shard)):
             count += 1
@@ -216,19 +216,30 @@ class Worker:
 
     def _caption(self) -> None:
         """Caption what comes through the queue until None does."""
-        caption = self.settings.config.caption
-        found = self.engine.sample(self._requests(), caption.best_of, self.settings.sampling)
+        for each, row in self._answered(self._requests(), self._pending):
+            del self._open[each.sha]
+            self._known[each.sha] = row
+            if len(self._known) > KNOWN:
+                self._known.popitem(last=False)
+            for place in each.places:
+                self._row(place, row)
+        self._flush()
+
+    def _answered(
+        self, requests: Iterator[CaptionRequest], pending: deque[_Waiting]
+    ) -> Iterator[tuple[_Waiting, CaptionRow]]:
+        """What was asked for and its row (without a key), in the order of the requests."""
+        found = self.engine.sample(requests, self.settings.config.caption.best_of, self.settings.sampling)
         together = VERIFIED_TOGETHER if self.settings.verify else 1
         while group := list(itertools.islice(found, together)):
-            waiting = [self._pending.popleft() for _ in group]
-            for each, row in zip(waiting, self._outcomes(waiting, group), strict=True):
-                del self._open[each.sha]
-                self._known[each.sha] = row
-                for place in each.places:
-                    self._row(place, row)
-            while len(self._known) > KNOWN:
-                self._known.popitem(last=False)
-        self._flush()
+            waiting = [pending.popleft() for _ in group]
+            yield from zip(waiting, self._outcomes(waiting, group), strict=True)
+
+    def caption(self, images: Sequence[tuple[Cut, str]]) -> list[CaptionRow]:
+        """Rows, without keys, of prepared images and their sha256."""
+        pending = deque(_Waiting(sha, picture) for picture, sha in images)
+        requests = (CaptionRequest(sha, picture, sha) for picture, sha in images)
+        return [row for _, row in self._answered(requests, pending)]
 
     def _requests(self) -> Iterator[CaptionRequest]:
         while (entry := self._queue.get()) is not None:
@@ -273,7 +284,8 @@ class Worker:
         self, waiting: Sequence[_Waiting], group: Sequence[list[Candidate]]
     ) -> Iterable[CaptionRow]:
         if not self.settings.verify:
-            return [self._outcome(each.sha, candidates[0]) for each, candidates in zip(waiting, group, strict=True)]
+            pairs = zip(waiting, group, strict=True)
+            return [self._outcome(each.sha, candidates[0]) for each, candidates in pairs]
         stated = [[tool.split_statements(c.text) for c in candidates] for candidates in group]
         asked = [list(dict.fromkeys(itertools.chain(*lists))) for lists in stated]
         batches = [
@@ -300,9 +312,7 @@ class Worker:
             return row
         if any(math.isnan(p_yes[text]) for text in statements):
             return self._failed("the verifier gave no answer", sha)
-        row = row.model_copy(
-            update={"statements": statements, "p_yes": [p_yes[text] for text in statements]}
-        )
+        row = row.model_copy(update={"statements": statements, "p_yes": [p_yes[text] for text in statements]})
         if not self.settings.drop_refuted:
             return row
         kept = [text for text in statements if p_yes[text] >= self.settings.config.caption.drop]
@@ -342,6 +352,11 @@ class Worker:
         for index, rows in self._rows.items():
             self._emit(("rows", index, rows))
         self._rows, self._said = {}, time.monotonic()
+
+
+def ahead(config: Config) -> int:
+    """Images that are prepared ahead: the engine's next batch while it works on one, and some in work."""
+    return config.engine.batch_size + 16
 
 
 def failed_row(settings: Settings, key: str, reason: str, sha: str = "") -> CaptionRow:
