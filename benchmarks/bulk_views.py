@@ -2,8 +2,8 @@
 
     taskset -c 0 python benchmarks/bulk_views.py [ROUNDS]
 
-Straightforward: decode the whole picture, crop every view, resize it. Ours decodes at the scale that the views
-need. Prints images per second of both, their ratio (aim: 3 or more), and how far the pixels are apart.
+Straightforward: decode the whole picture, crop every view, resize it. Ours decodes at the scale that the
+views need. Prints images per second of both, their ratio (aim: 3 or more), and how far the pixels are apart.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ from loops import cli
 from tests.test_caption import FLAGS, write_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
-KILLS = 25
+KILLS = 13  # of a job over each kind of input
 SAMPLED = ["--caption.sampling.temperature", "1.0"]  # so that captions differ from image to image
 
 
@@ -115,6 +115,8 @@ class Zygote:
 @pytest.fixture(scope="module")
 def zygote() -> Iterator[Zygote]:
     found = Zygote()
+    found.start(["--version"])  # once it has its imports
+    assert found.ended(120) == 0
     yield found
     found.process.kill()
     found.process.wait()
@@ -275,6 +277,33 @@ def test_a_shard_that_cannot_be_read_is_named_and_not_skipped(
     (tmp_path / "tars" / "001.tar").write_bytes(good)
     assert cli.main(words(source, out, checkpoint, "--max-failed", "1")) == 0
     assert len(rows(out)) == 15 and status(out)["state"] == "done"
+
+
+def test_a_cluster_of_two_nodes_writes_the_same_rows(tmp_path: Path, checkpoint: Path) -> None:
+    """A worker of the cluster is killed on the way; then a job begun there is ended here."""
+    pytest.importorskip("ray")
+    source = write_tars(tmp_path / "tars", shards=8)
+    flags = [*SAMPLED, "--max-failed", "1"]
+    assert cli.main(words(source, tmp_path / "whole", checkpoint, *flags)) == 0
+    out = tmp_path / "out"
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.ray_nodes", *words(source, out, checkpoint, *flags, "--workers", "2")],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        timeout=400,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout.splitlines()[-1]) == {"code": 0, "nodes": 2, "killed": 1}, done.stderr[
+        -3000:
+    ]
+    assert rows(out) == rows(tmp_path / "whole")
+    assert sum(worker["deaths"] for worker in status(out)["workers"].values()) == 1
+    for shard in ("00001", "00005"):
+        (out / f"{shard}.parquet").unlink()
+    assert cli.main(words(source, out, checkpoint, *flags)) == 0
+    assert rows(out) == rows(tmp_path / "whole")
 
 
 # ---------------------------------------------------------------- what is written beside the rows
