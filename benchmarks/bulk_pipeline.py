@@ -3,8 +3,8 @@
     python benchmarks/bulk_pipeline.py [IMAGES] [--section.field VALUE ...]
 
 Draws scenes into webdataset tars, captions them through the whole pipeline (read, prepare, caption, write;
-the start of the worker is left out) and with the engine alone, in turns. Prints images per second of both and the
-ratio (aim: 0.95 or more). On one core preparation and engine share it, so the ratio holds the cost of
+the start of the worker is left out) and with the engine alone, in turns. Prints images per second of both and
+the ratio (aim: 0.95 or more). On one core preparation and engine share it, so the ratio holds the cost of
 preparation too; with cores of its own for preparation it measures what the pipeline itself costs.
 """
 
