@@ -123,18 +123,12 @@ def zygote() -> Iterator[Zygote]:
 
 
 def children(pid: int) -> list[int]:
-    found = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    """The processes that a job started; none where it has ended."""
+    try:
+        found = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    except OSError:
+        return []
     return [int(child) for child in found.split()]
-
-
-def workers_of(pid: int, seconds: float = 30) -> list[int]:
-    """The processes that the job started, as soon as there are some."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if found := children(pid):
-            return found
-        time.sleep(0.01)
-    raise AssertionError("no worker came up")
 
 
 # ---------------------------------------------------------------- kills
@@ -184,15 +178,18 @@ def test_a_killed_worker_costs_nothing(tmp_path: Path, checkpoint: Path, zygote:
     assert cli.main(words(source, tmp_path / "whole", checkpoint, *SAMPLED, "--max-failed", "1")) == 0
     out = tmp_path / "out"
     pid = zygote.start(words(source, out, checkpoint, *flags))
-    killed = 0
+    killed: set[int] = set()
     while (code := zygote.ended(0.3)) is None:
-        if killed < 3:
-            os.kill(workers_of(pid)[-1], signal.SIGKILL)
-            killed += 1
-    assert code == 0 and killed >= 1
+        fresh = set(children(pid)) - killed
+        if fresh and len(killed) < 3 and list(out.glob("*.parquet")):
+            os.kill(min(fresh), signal.SIGKILL)
+            killed.add(min(fresh))
+    assert code == 0 and killed
     assert rows(out) == rows(tmp_path / "whole")
     found = status(out)
-    assert found["state"] == "done" and sum(w["deaths"] for w in found["workers"].values()) == killed
+    assert found["state"] == "done"
+    # one that was killed when its work was done is not missed
+    assert 0 < sum(worker["deaths"] for worker in found["workers"].values()) <= len(killed)
 
 
 POISON = b""  # bytes of the image that kills the process that works on it
@@ -227,7 +224,7 @@ def test_poison_becomes_a_row(
         (images / f"{number}.png").write_bytes(data)
     flags = ["--max-failed", "1", "--engine.batch_size", "2"]
     assert cli.main(words(images, tmp_path / "whole", checkpoint, *flags)) == 0
-    monkeypatch.setattr("tests.test_bulk.POISON", (images / "5.png").read_bytes())
+    monkeypatch.setattr(sys.modules[__name__], "POISON", (images / "5.png").read_bytes())
     if where == "prepare":
         monkeypatch.setattr("captioner.views.prepare", deadly_prepare)
         flags += ["--caption.prepare_processes", "2"]
