@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import psutil
+import ray
 from ray.cluster_utils import Cluster
 
 from loops import cli
@@ -48,6 +49,7 @@ def main() -> None:
     code = cli.main([*words, "--runner", "ray", "--caption.ray_address", cluster.address])
     nodes = len(cluster.list_all_nodes())
     print(json.dumps({"code": code, "nodes": nodes, "killed": len(killed)}))
+    ray.shutdown()
     cluster.shutdown()
 
 
