@@ -65,22 +65,24 @@ class Tripwires:
         mean = sum(tokens) / len(tokens)
         self.length = self.length or mean
         drift = abs(mean - self.length) / self.length if self.length else 0.0
+        limits = self.config
+        same = times / len(distinct) if times > 1 else 0.0
         shares = (
+            (same, limits.same, f"have one and the same caption: {most[:60]!r}"),
+            (_share(row.error == "the model wrote no caption" for row in block), limits.empty, "are empty"),
+            (_share(bool(REFUSAL.match(text)) for text in texts), limits.refused, "refuse to caption"),
             (
-                "same",
-                times / len(distinct) if times > 1 else 0.0,
-                f"have one and the same caption: {most[:60]!r}",
+                _share(row.finish_reason == "length" for row in block),
+                limits.cut,
+                "are cut by the token limit",
             ),
-            ("empty", _share(row.error == "the model wrote no caption" for row in block), "are empty"),
-            ("refused", _share(bool(REFUSAL.match(text)) for text in texts), "refuse to caption"),
-            ("cut", _share(row.finish_reason == "length" for row in block), "are cut by the token limit"),
-            ("repeated", _share(map(repeats, texts)), "repeat themselves"),
-            ("failed", _share(row.error is not None for row in block), "failed"),
+            (_share(map(repeats, texts)), limits.repeated, "repeat themselves"),
+            (_share(row.error is not None for row in block), limits.failed, "failed"),
         )
         found = [
             f"{share:.1%} of the last {len(block)} rows {what}"
-            for name, share, what in shares
-            if share > getattr(self.config, name)
+            for share, limit, what in shares
+            if share > limit
         ]
         if drift > self.config.drift:
             found.append(f"captions became {mean:.0f} tokens long on average; they were {self.length:.0f}")

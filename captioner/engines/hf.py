@@ -21,7 +21,7 @@ from transformers.cache_utils import DynamicLayer
 
 from captioner import views
 from captioner.config import EngineConfig, SamplingConfig, ViewsConfig, ViewsOverride
-from captioner.engines import CaptionRequest, QuestionBatch, YesNo
+from captioner.engines.base import CaptionRequest, QuestionBatch, YesNo
 from captioner.errors import CheckpointError, DataError
 from captioner.model import Captioner
 from captioner.records import Candidate
