@@ -370,12 +370,61 @@ class GateConfig(Section):
     """Share of captions that must end by themselves."""
 
 
+class TripwireConfig(Section):
+    """Shares of rows above which a captioning job warns or stops; they are judged block by block."""
+
+    action: Literal["warn", "stop", "off"] = "warn"
+    """What a tripwire does: a warning, exit 3, or nothing."""
+    rows: int = Field(1000, ge=10)
+    """Rows of a block."""
+    same: float = Field(0.02, ge=0, le=1)
+    """Different images with one and the same caption."""
+    empty: float = Field(0.01, ge=0, le=1)
+    """Captions without a word."""
+    refused: float = Field(0.01, ge=0, le=1)
+    """Captions that begin as a refusal does ("I'm sorry", "I cannot")."""
+    cut: float = Field(0.2, ge=0, le=1)
+    """Captions cut by the token limit."""
+    repeated: float = Field(0.02, ge=0, le=1)
+    """Captions in which more than half of the sequences of four words occurred before."""
+    failed: float = Field(0.2, ge=0, le=1)
+    """Rows without a caption."""
+    drift: float = Field(0.5, ge=0)
+    """Change of the mean length in tokens against the first block, as a share of that."""
+
+
 class CaptionConfig(Section):
     checkpoint: str | None = None
     """Captioner to use; None = the newest promoted one of the run."""
     sampling: SamplingConfig = SamplingConfig(temperature=0.0)
     shard_rows: int = Field(256, ge=1)
-    """Images per published shard."""
+    """Images per published shard where the input has no shards of its own."""
+    best_of: int = Field(1, ge=1)
+    """Captions sampled per image; the one with the most confirmed statements stays. Needs --verify."""
+    drop: float = Field(0.4, gt=0, lt=1)
+    """P(yes) below which --drop-refuted leaves a statement out."""
+    prepare_processes: int | None = Field(None, ge=0)
+    """Processes per worker that decode images and cut views; 0 = the worker itself, None = all other cores.
+    On Ray 0 = the worker itself, else tasks of the cluster."""
+    reduced_decode: bool = True
+    """Decode JPEGs at a half, a quarter or an eighth of their size where every view still has its pixels."""
+    attempts: int = Field(2, ge=1)
+    """Times that an image may end the process that reads or captions it."""
+    stall: float = Field(1800.0, gt=0)
+    """Seconds without a row after which a worker counts as dead."""
+    status_every: float = Field(5.0, gt=0)
+    """Seconds between two writings of the status file."""
+    prometheus: str | None = None
+    """File for the same numbers as Prometheus text (its name ends in .prom); None = none."""
+    ray_address: str | None = None
+    """Ray cluster to join, such as `auto`; None = the one in RAY_ADDRESS, else a new one on this machine."""
+    tripwires: TripwireConfig = TripwireConfig()
+
+    @model_validator(mode="after")
+    def _sampled(self) -> Self:
+        if self.best_of > 1 and self.sampling.temperature == 0:
+            raise ValueError("best_of above 1 needs caption.sampling.temperature above 0")
+        return self
 
 
 class Config(Section):

@@ -132,6 +132,8 @@ class CaptionRow(Record):
     model: str
     config: str
     error: str | None = None
+    statements: list[str] | None = None  # where the caption was verified: what it stated, in order
+    p_yes: list[float] | None = None  # and the probability of "yes" for each
 
 
 RecordT = TypeVar("RecordT", bound=Record)
@@ -145,10 +147,10 @@ def arrow_schema(record: type[Record]) -> pa.Schema:
 
     def column(name: str, annotation: Any) -> pa.Field:
         plain = [part for part in get_args(annotation) if part is not type(None)]
-        if get_origin(annotation) is list:
-            return pa.field(name, pa.list_(column("item", plain[0]).type), nullable=False)
         optional = type(None) in get_args(annotation)
         kind = plain[0] if optional else annotation
+        if get_origin(kind) is list:
+            return pa.field(name, pa.list_(column("item", get_args(kind)[0]).type), nullable=optional)
         return pa.field(name, getattr(pa, _ARROW_TYPES[kind.__name__])(), nullable=optional)
 
     columns = [column(name, info.annotation) for name, info in record.model_fields.items()]

@@ -120,8 +120,13 @@ class Renderer:
             width, height, self.config, size=self.size, factor=self.factor, whole_only=whole_only
         )
 
+    @property
+    def spec(self) -> views.ViewSpec:
+        """What another process needs to cut the same views."""
+        return views.ViewSpec(self.config, self.size, self.factor)
+
     def patches_batch(
-        self, images: Sequence[Image.Image], whole_only: bool = False
+        self, images: Sequence[views.Picture], whole_only: bool = False
     ) -> list[tuple[Tensor, Tensor]]:
         """Per image its patches, uint8 [P, 3*p*p] in the processor's order, and its grid, long [V, 3].
 

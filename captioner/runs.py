@@ -80,6 +80,15 @@ def _hash_content(path: Path, size: int, mtime_ns: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def checkpoint_path(path: str) -> Path:
+    """The directory of a checkpoint; ``scenes-base`` is the one shipped with the repository or the wheel."""
+    if path != "scenes-base":
+        return Path(path)
+    package = Path(__file__).resolve().parent
+    places = (package.parent / "data" / "scenes" / "base", package / "_scenes_base")
+    return next((place for place in places if place.is_dir()), places[0])
+
+
 @contextmanager
 def _atomic_file(path: Path) -> Generator[Path, None, None]:
     """Yield a path beside ``path``; what was written there replaces ``path``, synced to disk, on success."""
@@ -316,18 +325,18 @@ def _seeds(section: Any, name: str = "") -> dict[str, int]:
 
 
 class _Lock:
-    """Holds a run for this process while a stage refers to it; the system releases it of a killed process."""
+    """Holds a directory for this process while it is referred to; the system releases it of a killed one."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, what: str, flag: str):
         self.file = (path / ".lock").open("w")
         try:
             # lockf and not flock: forked data workers must not hold the run after their parent was killed
             fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise RunError(
-                "another process works in this run",
+                f"another process works in this {what}",
                 where=str(path),
-                mend="wait for it, or use another --run DIR",
+                mend=f"wait for it, or use another {flag}",
             ) from error
 
     def __del__(self) -> None:
@@ -339,9 +348,10 @@ _LOCKS: WeakValueDictionary[Path, _Lock] = (
 )  # closing a second handle would release the first
 
 
-def _lock(path: Path) -> _Lock:
+def lock(path: Path, what: str = "run", flag: str = "--run DIR") -> _Lock:
+    """Hold a directory for this process, or raise RunError where another one does."""
     place = path.resolve()
-    held = _LOCKS.get(place) or _Lock(place)
+    held = _LOCKS.get(place) or _Lock(place, what, flag)
     _LOCKS[place] = held
     return held
 
@@ -393,13 +403,13 @@ class Run:
             begun = Stage(self, name, _plain(section), inputs)
             begun.done = (begun.dir / "stage.json").is_file()
             return begun
-        lock = _lock(self.path)
+        held = lock(self.path)
         stage = Stage(self, name, _plain(section), inputs)
         if redo:
             remove_dir(stage.dir)
         stage.begin()
         if not stage.done:
-            stage.lock = lock
+            stage.lock = held
             _clear(self.path.glob(".*.part-*"))
             self._store()
         return stage
@@ -465,15 +475,6 @@ def stored_config(path: Path) -> Config | None:
     """The config that a run directory holds, None if there is none; ConfigError if it cannot be read."""
     file = path / "config.json"
     return load_json(file) if file.is_file() else None
-
-
-def checkpoint_path(path: str) -> Path:
-    """The directory of a checkpoint; ``scenes-base`` is the one shipped with the repository or the wheel."""
-    if path != "scenes-base":
-        return Path(path)
-    package = Path(__file__).resolve().parent
-    places = (package.parent / "data" / "scenes" / "base", package / "_scenes_base")
-    return next((place for place in places if place.is_dir()), places[0])
 
 
 def _read_json(path: Path) -> Any:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import hashlib
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 
 from captioner.config import ViewsConfig
 from captioner.errors import DataError
@@ -27,6 +28,11 @@ MAX_SIDE = 20_000  # pixels
 MAX_PIXELS = 178_956_970  # where Pillow itself refuses: 3 bytes each are half a gigabyte
 MAX_ASPECT = 200  # the image processors of the Qwen-VL family refuse more
 MIN_SIDE = 2  # pixels: a 1 px wide image is a tracking pixel or a ruler, and has no quadrants
+
+# A reduced JPEG may lack this share of the pixels that a view is shown at, along each axis: less than the
+# bicubic filter itself blurs.
+SLACK = 0.05
+JPEG_SCALES = (8, 4, 2)  # that the decoder can divide by
 
 QUADRANTS = ("top left", "top right", "bottom left", "bottom right")
 
@@ -47,6 +53,30 @@ class View:
     box: tuple[int, int, int, int]
     width: int
     height: int
+
+
+@dataclass(frozen=True)
+class ViewSpec:
+    """What :func:`plan` needs beside the image: picklable, so that other processes cut the same views."""
+
+    config: ViewsConfig
+    size: int
+    factor: int
+
+    def plan(self, width: int, height: int) -> list[View]:
+        """The views of an image of that size, pixels."""
+        return plan(width, height, self.config, size=self.size, factor=self.factor)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """An image already cut into its views; it stands wherever an engine takes an image."""
+
+    size: tuple[int, int]  # of the whole image, px
+    parts: Mapping[View, Image.Image]
+
+
+Picture = Image.Image | Cut
 
 
 def plan(
@@ -72,11 +102,14 @@ def plan(
     return [View(tag, box, *_fit(box, size, factor)) for tag, box in boxes]
 
 
-def cut(image: Image.Image, views: Sequence[View]) -> list[Image.Image]:
+def cut(image: Picture, views: Sequence[View]) -> list[Image.Image]:
     """Cut an RGB image: one RGB image per view, exactly ``view.width`` x ``view.height`` px, bicubic.
 
-    The crop comes before the resize, so no pixel from outside the box bleeds into a view.
+    The crop comes before the resize, so no pixel from outside the box bleeds into a view. Of a :class:`Cut`
+    the views are taken; KeyError where it was cut by another plan.
     """
+    if isinstance(image, Cut):
+        return [image.parts[view] for view in views]
     return [
         image.crop(view.box).resize((view.width, view.height), Image.Resampling.BICUBIC) for view in views
     ]
@@ -91,6 +124,28 @@ def load_image(source: Path | bytes) -> tuple[Image.Image, str]:
     """
     data = source if isinstance(source, bytes) else read_bytes(source)
     return decode(data), hashlib.sha256(data).hexdigest()
+
+
+def prepare(source: Path | bytes, spec: ViewSpec, reduced: bool = True) -> tuple[Cut, str]:
+    """Read an image and cut its views: (views, sha256 hex of the file's bytes).
+
+    With ``reduced`` a JPEG is decoded at a half, a quarter or an eighth of its size where every view still
+    has its pixels; the views are planned on the whole image all the same. Raises :class:`BadImage` as
+    :func:`load_image` does.
+    """
+    data = source if isinstance(source, bytes) else read_bytes(source)
+    image, (width, height) = _decode(data, spec if reduced else None)
+    views = spec.plan(width, height)
+    parts = cut(image, [_scaled(view, image.width / width, image.height / height) for view in views])
+    return Cut((width, height), dict(zip(views, parts, strict=True))), hashlib.sha256(data).hexdigest()
+
+
+def _scaled(view: View, x: float, y: float) -> View:
+    """A view of an image on its picture of another size; it keeps a pixel at least."""
+    left, top, right, bottom = view.box
+    left, top = math.floor(left * x + 0.5), math.floor(top * y + 0.5)
+    right, bottom = math.floor(right * x + 0.5), math.floor(bottom * y + 0.5)
+    return View(view.tag, (left, top, max(right, left + 1), max(bottom, top + 1)), view.width, view.height)
 
 
 def read_bytes(path: Path) -> bytes:
@@ -108,6 +163,11 @@ def read_bytes(path: Path) -> bytes:
 
 def decode(data: bytes) -> Image.Image:
     """Decode the bytes of an image file to RGB; see :func:`load_image`."""
+    return _decode(data)[0]
+
+
+def _decode(data: bytes, spec: ViewSpec | None = None) -> tuple[Image.Image, tuple[int, int]]:
+    """(RGB image, size of the whole image); smaller than whole where ``spec`` allows it."""
     if not data:
         raise BadImage("empty file")
     # Pillow warns about sizes that the limits here allow and about metadata that nobody reads here.
@@ -117,8 +177,13 @@ def decode(data: bytes) -> Image.Image:
             with Image.open(BytesIO(data), formats=FORMATS) as image:
                 _check_size(image.width, image.height)
                 image.seek(0)
+                size = None
+                if spec is not None and isinstance(image, JpegImageFile):
+                    size = (image.height, image.width) if _turned(image) else image.size
+                    _draft(image, _reduction(spec.plan(*size)))
                 image.load()
-                return _rgb(_upright(image))
+                shown = _rgb(_upright(image))
+                return shown, size or shown.size
         except BadImage:
             raise
         except UnidentifiedImageError as error:
@@ -141,6 +206,30 @@ def _check_size(width: int, height: int) -> None:
         raise BadImage(f"too many pixels: {width} x {height}, limit {MAX_PIXELS:,}")
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise BadImage(f"too long: {width} x {height} px, aspect ratio limit {MAX_ASPECT}")
+
+
+def _reduction(views: Sequence[View]) -> float:
+    """How many times smaller the image may be so that every view still has its pixels, but for SLACK."""
+    spare = [
+        min((view.box[2] - view.box[0]) / view.width, (view.box[3] - view.box[1]) / view.height)
+        for view in views
+    ]
+    return min(spare) / (1 - SLACK)
+
+
+def _draft(image: JpegImageFile, reduction: float) -> None:
+    """Let the decoder leave out frequencies: the image becomes at most ``reduction`` times smaller."""
+    scale = next((scale for scale in JPEG_SCALES if scale <= reduction), 1)
+    if scale > 1:
+        image.draft(image.mode, (image.width // scale, image.height // scale))
+
+
+def _turned(image: JpegImageFile) -> bool:
+    """Whether the EXIF orientation swaps width and height."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+    except Exception:  # as in _upright
+        return False
 
 
 def _upright(image: Image.Image) -> Image.Image:

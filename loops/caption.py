@@ -1,7 +1,8 @@
-"""captioner caption INPUT --out OUTPUT: caption a folder of images; resumable.
+"""captioner caption INPUT --out OUTPUT: caption a data set of any size; resumable.
 
-Rows are published in Parquet shards; ``captions.jsonl`` or one text file per image is made of them at the
-end. A killed job goes on at its first missing shard and ends with the same rows.
+Every input shard becomes one Parquet file, published by rename; ``captions.jsonl`` or one text file per image
+is made of them at the end. Kill the job anywhere: the same command goes on at the shards that are missing,
+on one machine or on a cluster, and ends with the same rows. docs/bulk.md has the whole of it.
 """
 
 from __future__ import annotations
@@ -9,37 +10,34 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from captioner import prompts
-from captioner.config import Config, SamplingConfig
-from captioner.engines import CaptionRequest, Engine
-from captioner.errors import CheckpointError, DataError, Refused, RunError
-from captioner.formats import resolve
-from captioner.formats.folder import (
-    ImageRow,
-    caption_shards,
-    read_captions,
-    read_folder,
-    sidecar_path,
-    write_jsonl,
-    write_sidecars,
-)
-from captioner.records import CaptionRow, read_parquet
-from captioner.runs import Run, Shards, atomic_write_json, checkpoint_path, hash_path, progress
-from captioner.views import BadImage, load_image
-
-MANIFEST = ".job.json"  # hidden, so that `datasets` loads the folder as it is
-JSONL = "captions.jsonl"
+from captioner.bulk import output
+from captioner.bulk.coordinator import Coordinator, Pool
+from captioner.bulk.local import LocalPool, devices
+from captioner.bulk.output import Output
+from captioner.bulk.watch import Watch
+from captioner.bulk.worker import Settings
+from captioner.config import Config
+from captioner.errors import CheckpointError, ConfigError, Refused
+from captioner.formats import SCENES, resolve
+from captioner.formats.folder import read_captions, write_jsonl, write_sidecars
+from captioner.formats.source import ShardRef, open_source
+from captioner.runs import Run, checkpoint_path, hash_path, lock, progress
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("input", metavar="INPUT", help="folder of images, or scenes:SPLIT:COUNT")
+    parser.add_argument(
+        "input", metavar="INPUT",
+        help="folder of images, webdataset tars, Parquet files (see docs/formats.md), or scenes:SPLIT:COUNT",
+    )  # fmt: skip
     parser.add_argument(
         "--out", metavar="OUTPUT", type=Path, required=True, help="new folder, or one to resume"
     )
@@ -52,31 +50,64 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="captioner to use (default: caption.checkpoint, else the run's newest)",
     )
+    parser.add_argument(
+        "--runner", choices=("local", "ray"), default="local",
+        help="workers are processes of this machine, or actors of a Ray cluster (default local)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--workers", type=int, metavar="N", help="engines at work (default: one per GPU, else 1)"
+    )
+    parser.add_argument(
+        "--verify", action="store_true", help="ask about every statement: columns `statements` and `p_yes`"
+    )
+    parser.add_argument(
+        "--drop-refuted", action="store_true",
+        help="--verify, and leave statements below caption.drop out of the captions",
+    )  # fmt: skip
+    parser.add_argument(
+        "--estimate", type=int, metavar="N", help="time N images through every stage, and write nothing"
+    )
 
 
 def run(config: Config, args: argparse.Namespace) -> int:
     """Caption ``args.input`` into ``args.out``; raises Refused where more than ``max_failed`` of it fails."""
-    checkpoint = _checkpoint(config, args)
-    _check_free(args.out)
-    images = read_folder(resolve(args.input, cache=args.out / ".scenes"), captions=False)
-    job = _job(config, images, checkpoint)
-    _claim(args.out, job, redo=args.redo)
     started = time.monotonic()
-    fresh = _caption(config, images, Shards(args.out, CaptionRow), job, checkpoint)
+    if args.estimate is not None:
+        return _estimate(config, args)
+    if config.caption.best_of > 1 and not (args.verify or args.drop_refuted):
+        raise ConfigError("caption.best_of needs the scores of --verify", mend="add --verify")
+    checkpoint = _checkpoint(config, args)
+    output.check_free(args.out)
+    source = _Source(config, args)
+    if args.redo:
+        output.remove(args.out)
+    job, shards, images = _job(config, args, source, checkpoint)
+    args.out.mkdir(parents=True, exist_ok=True)
+    held = lock(args.out, "output", "--out")
+    found = output.claim(args.out, job)
+    settings = _settings(config, args, checkpoint, job)
+    before = found.tally.rows
+    lost = _caption(settings, args, source, found, shards, images)
     if args.format == "jsonl":
-        write_jsonl(read_captions(args.out), args.out / JSONL)
+        write_jsonl(read_captions(args.out), args.out / output.JSONL)
     elif args.format == "txt":
         write_sidecars(read_captions(args.out), args.out)
-    for path in _leftovers(args.out):
-        path.unlink(missing_ok=True)
-    failed = _report(args.out, config, fresh, time.monotonic() - started)
-    if failed > config.max_failed * len(images):
-        raise Refused(
-            f"{failed} of {len(images)} images failed, more than max_failed = {config.max_failed:.1%}",
-            where=str(args.out),
-            mend="all rows are written: see their errors, mend the images or allow more with --max-failed",
-        )
+    _report(found, config, before, time.monotonic() - started)
+    del held
+    _judge(found, config, lost)
     return 0
+
+
+class _Source:
+    """The shards of the input, in order, as often as they are asked for."""
+
+    def __init__(self, config: Config, args: argparse.Namespace):
+        scenes = args.input.startswith(SCENES)
+        self.spec = str(resolve(args.input, cache=args.out / ".scenes")) if scenes else args.input
+        self.rows = config.caption.shard_rows
+
+    def shards(self) -> Iterator[ShardRef]:
+        return iter(open_source(self.spec, shard_rows=self.rows))
 
 
 def _checkpoint(config: Config, args: argparse.Namespace) -> Path:
@@ -91,201 +122,186 @@ def _checkpoint(config: Config, args: argparse.Namespace) -> Path:
     return path
 
 
-def _job(config: Config, images: Sequence[ImageRow], checkpoint: Path) -> dict[str, Any]:
-    """What determines the rows: nothing that is not in here changes them, anything that is does."""
-    listing = "".join(f"{image.key}\t{image.path.name}\t{_size(image.path)}\n" for image in images)
-    settings = {
+def _settings(config: Config, args: argparse.Namespace, checkpoint: Path, job: dict[str, Any]) -> Settings:
+    verify = args.verify or args.drop_refuted
+    return Settings(config, checkpoint, job["checkpoint"], job["config"], verify, args.drop_refuted)
+
+
+def _job(
+    config: Config, args: argparse.Namespace, source: _Source, checkpoint: Path
+) -> tuple[dict[str, Any], int, int | None]:
+    """What determines the rows (nothing that is not in here changes them, anything that is does), the number
+    of shards, and the number of images where the source knows it."""
+    listing, shards, images = hashlib.sha256(), 0, 0
+    known = True
+    for shard in source.shards():
+        listing.update(json.dumps([*asdict(shard).values(), _size(shard.location)]).encode())
+        shards += 1
+        known &= shard.rows is not None
+        images += shard.rows or 0
+    sampling = config.caption.sampling
+    settings: dict[str, Any] = {
         "views": config.views.model_dump(mode="json"),
-        "sampling": _sampling(config).model_dump(mode="json"),
+        "sampling": {**sampling.model_dump(mode="json"), "seed": config.seed + sampling.seed},
         "dtype": config.model.dtype,
         "prompt": prompts.prompt_hash("caption"),
+        "reduced_decode": config.caption.reduced_decode,
+        "best_of": config.caption.best_of,
+        "verify": args.verify or args.drop_refuted,
+        "drop": config.caption.drop if args.drop_refuted else None,
     }
-    return {
-        "images": len(images),
-        "input": hashlib.sha256(listing.encode()).hexdigest(),
-        "checkpoint": hash_path(checkpoint),
+    files = _stamps(checkpoint)
+    before = output.stored_job(args.out)
+    # hashing a large checkpoint takes minutes: its hash is kept with the files' sizes and times
+    same = before.get("checkpoint_files") == files
+    job = {
+        "input": listing.hexdigest(),
+        "checkpoint": before["checkpoint"] if same else hash_path(checkpoint),
+        "checkpoint_files": files,
         "settings": settings,
         "config": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
         "shard_rows": config.caption.shard_rows,
     }
+    return job, shards, images if known else None
 
 
-def _sampling(config: Config) -> SamplingConfig:
-    sampling = config.caption.sampling
-    return sampling.model_copy(update={"seed": config.seed + sampling.seed})
+def _stamps(checkpoint: Path) -> str:
+    """Changes when a file of the checkpoint does."""
+    stats = [(str(file), file.stat()) for file in sorted(checkpoint.rglob("*")) if file.is_file()]
+    text = json.dumps([[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats])
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _size(path: Path) -> int:
-    """Bytes of a file, -1 for one that is gone or a link to nowhere: its row will say so."""
+def _size(location: str) -> int:
+    """Bytes of a shard that is a file, -1 for any other."""
     try:
-        return path.stat().st_size
-    except OSError:
+        return os.stat(location).st_size
+    except (OSError, ValueError):
         return -1
 
 
-def _check_free(out: Path) -> None:
-    """Raise RunError where ``out`` holds something that no caption job wrote."""
-    if (out / MANIFEST).is_file() or not out.exists():
-        return
-    if not out.is_dir() or any(not path.name.startswith(".") for path in out.iterdir()):
-        raise RunError(
-            "the output holds something else", where=str(out), mend="name a new --out, or empty it"
-        )
-
-
-def _claim(out: Path, job: dict[str, Any], *, redo: bool) -> None:
-    """Make ``out`` this job's output; RunError where another input, checkpoint or config began it."""
-    manifest = out / MANIFEST
-    if manifest.is_file() and redo:
-        _remove(out)
-    elif manifest.is_file():
-        mend = "name a new --out, or start over with --redo"
-        try:
-            before = json.loads(manifest.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise RunError("the job's manifest cannot be read", where=str(manifest), mend=mend) from error
-        changed = [
-            name for name in ("input", "checkpoint", "config", "shard_rows") if before.get(name) != job[name]
-        ]
-        if changed:
-            what = f"this output was begun with another {' and '.join(changed)}"
-            raise RunError(what, where=str(manifest), mend=mend)
-        return
-    out.mkdir(parents=True, exist_ok=True)
-    atomic_write_json(manifest, job)
-
-
-def _remove(out: Path) -> None:
-    """Remove what a job wrote, and nothing else; the manifest last, so that a kill leaves a job to redo."""
-    for shard in caption_shards(out):
-        try:
-            rows = read_parquet(shard, CaptionRow)
-        except DataError:
-            rows = []  # a broken shard: its text files stay and are overwritten
-        for row in rows:
-            sidecar_path(out, row.key).unlink(missing_ok=True)
-    for path in [*caption_shards(out), *_leftovers(out), out / JSONL, out / MANIFEST]:
-        path.unlink(missing_ok=True)
-
-
-def _leftovers(out: Path) -> list[Path]:
-    """Half a shard or manifest that a killed job left behind."""
-    return [path for path in out.glob(".*.part-*") if path.is_file()]
+# ---------------------------------------------------------------- captioning
 
 
 def _caption(
-    config: Config, images: Sequence[ImageRow], shards: Shards, job: dict[str, Any], checkpoint: Path
-) -> int:
-    """Write every missing shard; returns the number of images in them. A finished job loads no model."""
-    rows = config.caption.shard_rows
-    parts = [images[start : start + rows] for start in range(0, len(images), rows)]
-    missing = [i for i in range(len(parts)) if not shards.has(i)]
+    settings: Settings,
+    args: argparse.Namespace,
+    source: _Source,
+    found: Output,
+    shards: int,
+    images: int | None,
+) -> list[tuple[str, str]]:
+    """Write every missing shard; returns those that cannot be read. A finished job loads no model."""
+    missing = shards - len(found.done)
     if not missing:
-        return 0
-    from captioner import model
-    from captioner.engines.hf import HFEngine
+        return []
+    caption = settings.config.caption
+    left = 0 if images is None else images - found.tally.rows
+    with progress("captioning", left) as bar:
+        watch = Watch(caption, found, shards=shards, images=images, bar=bar)
+        pool, workers = _pool(settings, args, missing)
+        coordinator = Coordinator(pool, workers, source.shards(), settings, found, watch)
+        state = "failed"
+        try:
+            watch.tick(force=True)
+            coordinator.run()
+            watch.finish()
+            state = "done" if not coordinator.lost else "incomplete"
+        except Refused:
+            state = "stopped"
+            raise
+        finally:
+            watch.tick(state=state, force=True)
+    return coordinator.lost
 
-    captioner = model.load(config.model.model_copy(update={"path": str(checkpoint)}))
-    engine = HFEngine(captioner, config.views, config.engine)
-    total = sum(len(parts[i]) for i in missing)
+
+def _pool(settings: Settings, args: argparse.Namespace, missing: int) -> tuple[Pool, int]:
+    """Where the workers run, and how many there are: no more than shards are missing."""
+    model = settings.config.model
+    if args.runner == "local":
+        gpus = len(devices()) if model.device in ("auto", "cuda") else 0
+        workers = min(args.workers or max(1, gpus), missing)
+        return LocalPool(settings, _processes(settings.config, workers)), workers
+    from captioner.bulk import cluster
+
+    return cluster.pool(settings, args.workers, missing)
+
+
+def _processes(config: Config, workers: int) -> int:
+    """Processes that prepare images for each worker of this machine."""
+    if config.caption.prepare_processes is not None:
+        return config.caption.prepare_processes
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // workers - 1)
+
+
+def _report(found: Output, config: Config, before: int, seconds: float) -> None:
+    """Print the closing line."""
+    tally = found.tally
+    parts = [f"{tally.rows - tally.failed:,} of {tally.rows:,} images captioned"]
+    if before:
+        parts.append(f"{before:,} of them before")
+    if tally.failed:
+        reasons = ", ".join(f"{n} {reason}" for reason, n in Counter(tally.reasons).most_common(10))
+        parts.append(f"{tally.failed:,} failed ({reasons})")
+    if tally.cut:
+        parts.append(f"{tally.cut:,} cut at {config.caption.sampling.max_tokens} tokens")
+    print(f"{', '.join(parts)}, {seconds:.1f} s: {found.out}")
+
+
+def _judge(found: Output, config: Config, lost: list[tuple[str, str]]) -> None:
+    """Raise Refused for shards that are missing and for too many failed images."""
+    if lost:
+        name, reason = lost[0]
+        raise Refused(
+            f"{len(lost)} shards could not be read, and their rows are missing; {name}: {reason}",
+            where=str(found.out),
+            mend="mend or remove the shards; the same command reads them again",
+        )
+    failed, rows = found.tally.failed, found.tally.rows
+    if failed > config.max_failed * rows:
+        raise Refused(
+            f"{failed} of {rows} images failed, more than max_failed = {config.max_failed:.1%}",
+            where=str(found.out),
+            mend="all rows are written: see their errors, mend the images or allow more with --max-failed",
+        )
+
+
+# ---------------------------------------------------------------- estimating
+
+
+def _estimate(config: Config, args: argparse.Namespace) -> int:
+    """Print what a sample of the input says about the whole; writes nothing (but scenes, where asked for)."""
+    from captioner.bulk.estimate import estimate
+    from captioner.engines import make_engine
+
+    if args.estimate < 1:
+        raise ConfigError(f"--estimate {args.estimate}: a number of images from 1")
+    checkpoint = _checkpoint(config, args)
+    shards = list(_Source(config, args).shards())
+    verify = args.verify or args.drop_refuted
+    settings = Settings(config, checkpoint, "", "", verify, args.drop_refuted)
+    engine = make_engine(checkpoint, config)
     try:
-        with progress("captioning", total) as bar:
-            for i in missing:
-                shards.write(
-                    i,
-                    caption_images(
-                        parts[i], engine, _sampling(config), job["checkpoint"], job["config"], bar.advance
-                    ),
-                )
+        found = estimate(settings, engine, shards, args.estimate)
     finally:
         engine.close()
-    return total
-
-
-@dataclass
-class _Reader:
-    """Reads the images of a shard while the engine asks for them, and remembers what became of each."""
-
-    ids: dict[str, str] = field(default_factory=dict)  # key -> sha256, images that could be read
-    errors: dict[str, str] = field(default_factory=dict)  # key -> reason, the others
-
-    def requests(
-        self, images: Sequence[ImageRow], advance: Callable[[int], None]
-    ) -> Iterator[CaptionRequest]:
-        seen: set[str] = set()
-        for row in images:
-            try:
-                image, sha = load_image(row.path)
-            except BadImage as error:
-                self.errors[row.key] = error.reason
-                advance(1)
-                continue
-            self.ids[row.key] = sha
-            if sha in seen:
-                advance(1)
-                continue
-            seen.add(sha)
-            yield CaptionRequest(row.key, image, sha)
-
-
-def caption_images(
-    images: Sequence[ImageRow],
-    engine: Engine,
-    sampling: SamplingConfig,
-    model: str,
-    config: str,
-    advance: Callable[[int], None] = lambda n: None,
-) -> list[CaptionRow]:
-    """One row per image, in order; an image that cannot be read or gets no caption is a row with its error.
-
-    Equal image bytes are captioned once. Images are read as the engine asks for them.
-    """
-    reader = _Reader()
-    captions = {}
-    for [candidate] in engine.sample(reader.requests(images, advance), 1, sampling):
-        captions[candidate.sample] = candidate
-        advance(1)
-    rows = []
-    for image in images:
-        sha = reader.ids.get(image.key, "")
-        made = captions.get(sha)
-        error = reader.errors.get(image.key)
-        if made is not None and not made.text.strip():
-            error = "the model wrote no caption"
-        good = made if error is None else None
-        rows.append(
-            CaptionRow(
-                id=sha,
-                key=image.key,
-                caption=good.text if good else None,
-                finish_reason=good.finish_reason if good else None,
-                tokens=good.tokens if good else None,
-                model=model,
-                config=config,
-                error=error,
-            )
-        )
-    return rows
-
-
-def _report(out: Path, config: Config, fresh: int, seconds: float) -> int:
-    """Print the closing line; returns the number of failed images."""
-    reasons: Counter[str] = Counter()
-    count = cut = 0
-    for row in read_captions(out):
-        count += 1
-        cut += row.finish_reason == "length"
-        if row.error is not None:
-            reasons[row.error.split(":")[0]] += 1
-    failed = reasons.total()
-    parts = [f"{count - failed:,} of {count:,} images captioned"]
-    if fresh < count:
-        parts.append(f"{count - fresh:,} of them before")
-    if failed:
-        parts.append(
-            f"{failed:,} failed ({', '.join(f'{n} {reason}' for reason, n in reasons.most_common())})"
-        )
-    if cut:
-        parts.append(f"{cut:,} cut at {config.caption.sampling.max_tokens} tokens")
-    print(f"{', '.join(parts)}, {seconds:.1f} s: {out}")
-    return failed
+    workers = args.workers or max(1, len(devices()))
+    processes = _processes(config, workers)
+    rates = found.rates(workers, processes)
+    slowest = min(rates, key=lambda stage: rates[stage])
+    print(
+        f"{found.images} images sampled, {found.failed} of them failed, {found.tokens:.0f} tokens a caption"
+    )
+    for stage, rate in rates.items():
+        hands = f"{workers} x {processes} processes" if stage == "prepare" else f"{workers} workers"
+        mark = "   <- slowest" if stage == slowest else ""
+        print(f"  {stage:8} {rate:10,.1f} images/s with {hands}{mark}")
+    known = [shard.rows for shard in shards if shard.rows is not None]
+    if not known:
+        print("  the source does not say how many images it holds: no total")
+        return 0
+    images = round(sum(known) / len(known) * len(shards))
+    hours = images / rates[slowest] / 3600
+    print(f"  {images:,} images: {hours:,.2f} h, {hours * workers:,.2f} device-hours")
+    return 0

@@ -11,26 +11,30 @@ import warnings
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import captioner.engines.hf
-from captioner.config import SamplingConfig
+from captioner.bulk.local import Inline
+from captioner.bulk.worker import Settings, Task, Worker
+from captioner.config import Config, SamplingConfig, ViewsConfig
 from captioner.engines import CaptionRequest
 from captioner.formats.folder import read_captions, read_folder
+from captioner.formats.source import open_source
 from captioner.records import Candidate, CaptionRow
-from captioner.views import load_image
+from captioner.views import Cut, ViewSpec, prepare
 from loops import cli
-from loops.caption import caption_images
 from tests import tiny
 from tests.test_views import png_header
 
 ROOT = Path(__file__).resolve().parent.parent
 TOKENS = 6
 SHARD_ROWS = 4
+HIDDEN = {".job.json", ".lock", ".shards.jsonl", ".status.json"}
 FLAGS = [
     "--caption.sampling.max_tokens",
     str(TOKENS),
@@ -38,6 +42,8 @@ FLAGS = [
     str(SHARD_ROWS),
     "--engine.batch_size",
     "3",
+    "--caption.prepare_processes",
+    "0",
 ]
 
 
@@ -80,6 +86,11 @@ def files(folder: Path) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
+def visible(folder: Path) -> dict[str, bytes]:
+    """The files of an output that others read."""
+    return {name: data for name, data in files(folder).items() if not name.startswith(".")}
+
+
 # ---------------------------------------------------------------- outputs
 
 
@@ -90,7 +101,8 @@ def test_parquet_is_read_by_datasets(
 
     out = tmp_path / "out"
     assert caption(images, out, checkpoint) == 0
-    assert sorted(files(out)) == [".job.json", "00000.parquet", "00001.parquet", "00002.parquet"]
+    shards = [f"0000{number}.parquet" for number in range(3)]
+    assert sorted(files(out)) == [*sorted(HIDDEN), *shards]
     rows = list(read_captions(out))
     assert [row.key for row in rows] == [row.key for row in read_folder(images)]
     assert all(row.caption and row.error is None and row.tokens <= TOKENS for row in rows)
@@ -114,65 +126,68 @@ def test_jsonl_and_txt_say_the_same(images: Path, tmp_path: Path, checkpoint: Pa
     assert texts == {f"{row['key']}.txt": " ".join(row["caption"].split()) for row in rows}
 
 
-def test_equal_bytes_are_captioned_once(
-    images: Path, tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+class Spy:
+    """An engine that notes what it is asked for and says "red circle", or nothing where it is silent."""
+
+    renderer = SimpleNamespace(spec=ViewSpec(ViewsConfig(), 64, 16))
+
+    def __init__(self, *silent: str):
+        self.silent, self.asked = silent, list[str]()
+        self.alive: list[weakref.ref[Cut]] = []
+        self.most = 0
+
+    def sample(self, requests: Iterator[CaptionRequest], n: int, sampling: SamplingConfig) -> Iterator[Any]:
+        for request in requests:
+            self.asked.append(request.key)
+            text = " \n" if request.key in self.silent else "red circle"
+            made = dict(finish_reason="stop", mean_logprob=0.0, tokens=1, seed=0, text=text)
+            yield [Candidate(sample=request.sample_id, key=request.key, k=k, **made) for k in range(n)]
+
+
+def spied(images: Path, spy: Spy, ahead: int = 4) -> dict[str, CaptionRow]:
+    """Rows that a worker makes of a folder with a spy for an engine."""
+    settings = Settings(Config(), images, "m", "c")
+    shards = list(open_source(str(images), shard_rows=SHARD_ROWS))
+    messages = iter([*map(Task, shards), None])
+    events: list[Any] = []
+    Worker(settings, spy, Inline(ahead), lambda: next(messages), events.append).run()
+    assert [event for event in events if event[0] == "end"] == [("end", 0, 4), ("end", 1, 4), ("end", 2, 2)]
+    return {row.key: row for event in events if event[0] == "rows" for _, row in event[2]}
+
+
+def test_equal_bytes_are_captioned_once(images: Path) -> None:
+    (images / "b" / "9.png").write_bytes((images / "a" / "0.png").read_bytes())  # in another shard
+    spy = Spy()
+    rows = spied(images, spy)
+    assert "a/0" in spy.asked and not {"a/1", "b/9"} & set(spy.asked) and len(spy.asked) == 8
+    assert len(rows) == 10 and rows["a/0"].id == rows["a/1"].id == rows["b/9"].id
+    assert {row.caption for row in rows.values()} == {"red circle"}
+
+
+def test_images_are_prepared_no_further_ahead_than_asked(
+    images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[str] = []
-    sample = captioner.engines.hf.HFEngine.sample
-
-    def counted(self, requests, n, sampling):  # type: ignore[no-untyped-def]
-        def watched() -> Iterator[CaptionRequest]:
-            for request in requests:
-                asked.append(request.key)
-                yield request
-
-        return sample(self, watched(), n, sampling)
-
-    monkeypatch.setattr(captioner.engines.hf.HFEngine, "sample", counted)
-    assert caption(images, tmp_path / "out", checkpoint) == 0
-    assert "a/0" in asked and "a/1" not in asked and len(asked) == 9
-    rows = {row.key: row for row in read_captions(tmp_path / "out")}
-    assert rows["a/0"].caption == rows["a/1"].caption and rows["a/0"].id == rows["a/1"].id
-
-
-def test_images_are_read_as_the_engine_asks(
-    images: Path, tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made: list[weakref.ref[Image.Image]] = []
+    made: list[weakref.ref[Cut]] = []
     most = 0
 
-    def watched(path: Path) -> tuple[Image.Image, str]:
+    def watched(*args: Any) -> tuple[Cut, str]:
         nonlocal most
-        image, sha = load_image(path)
-        made.append(weakref.ref(image))
+        found = prepare(*args)
+        made.append(weakref.ref(found[0]))
         most = max(most, sum(ref() is not None for ref in made))
-        return image, sha
+        return found
 
-    monkeypatch.setattr("loops.caption.load_image", watched)
-    assert (
-        caption(
-            images, tmp_path / "out", checkpoint, "--caption.shard_rows", "100", "--engine.batch_size", "2"
-        )
-        == 0
-    )
-    assert len(made) == 10 and most <= 5  # a batch, the next one, and an image that waits for it
+    monkeypatch.setattr("captioner.views.prepare", watched)
+    spied(images, Spy(), ahead=2)
+    assert len(made) == 10 and most <= 5  # in the queue, before it, behind it, at the engine and its answer
 
 
 def test_an_image_without_caption_is_a_failed_row(images: Path) -> None:
-    class Silent:
-        def sample(
-            self, requests: Iterator[CaptionRequest], n: int, sampling: SamplingConfig
-        ) -> Iterator[list[Candidate]]:
-            for request in requests:
-                text = " \n" if request.key == "b/7" else "red circle"
-                made = dict(k=0, finish_reason="stop", mean_logprob=0.0, tokens=1, seed=0)
-                yield [Candidate(sample=request.sample_id, key=request.key, text=text, **made)]
-
-    rows = caption_images(read_folder(images), Silent(), SamplingConfig(), "m", "c")
-    assert [(row.key, row.error) for row in rows if row.caption is None] == [
+    rows = spied(images, Spy("b/7"))
+    assert [(row.key, row.error) for row in rows.values() if row.caption is None] == [
         ("b/7", "the model wrote no caption")
     ]
-    assert len(rows) == 10 and {row.caption for row in rows} == {None, "red circle"}
+    assert len(rows) == 10 and {row.caption for row in rows.values()} == {None, "red circle"}
 
 
 def test_captions_do_not_depend_on_shards_or_batches(images: Path, tmp_path: Path, checkpoint: Path) -> None:
@@ -308,9 +323,9 @@ def test_a_killed_job_goes_on_and_ends_with_the_same_rows(
     killed = subprocess.run([sys.executable, "-c", code, *flags], cwd=ROOT, timeout=120, capture_output=True)
     assert killed.returncode == -signal.SIGKILL
     before = files(out)
-    assert set(before) == {".job.json", "00000.parquet", ".00001.parquet.part-1"}
+    assert set(before) == {*HIDDEN, "00000.parquet", ".00001.parquet.part-1"}
     assert cli.main(flags) == 0
-    assert files(out) == files(tmp_path / "whole")
+    assert visible(out) == visible(tmp_path / "whole")
     assert files(out)["00000.parquet"] == before["00000.parquet"]
 
 
@@ -347,8 +362,6 @@ def test_another_job_is_refused_and_redone(
         assert caption(source, out, model, *flags) == 2
         message = capsys.readouterr().err
         assert f"another {what}\n" in message and "--redo" in message and "new --out" in message
-    Image.new("RGB", (20, 20)).save(images / "a" / "0.png")
-    assert caption(images, out, checkpoint) == 2
     (images / "a" / "0.png").unlink()
     assert files(out) == before | {"mine.md": b"not the job's"}
     assert caption(images, out, other, "--redo", "--format", "txt") == 0

@@ -28,6 +28,7 @@ LEVELS = (
         "metrics",
         "report",
         "formats",
+        "bulk",
     },
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS, 1) for name in names}

@@ -334,3 +334,70 @@ def test_flipped_bytes_give_an_image_or_a_reason(data: st.DataObject) -> None:
         assert error.reason
     else:
         assert image.mode == "RGB" and min(image.size) >= views.MIN_SIDE
+
+
+# ---------------------------------------------------------------- prepared views
+
+
+SPEC = views.ViewSpec(ViewsConfig(), 64, 16)
+
+
+def smooth(width: int, height: int) -> Image.Image:
+    """A picture without the finest detail, different in every corner."""
+    rng = np.random.default_rng(3)
+    small = Image.fromarray(rng.integers(0, 256, (5, 7, 3), dtype=np.uint8))
+    return small.resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG"])
+def test_prepared_views_are_those_of_the_whole_image(form: str) -> None:
+    data = encode(smooth(300, 200), form)
+    image, sha = load_image(data)
+    prepared, same = views.prepare(data, SPEC, reduced=False)
+    wanted = SPEC.plan(*image.size)
+    assert same == sha and prepared.size == image.size == (300, 200)
+    for ours, theirs in zip(cut(prepared, wanted), cut(image, wanted), strict=True):
+        assert ours.tobytes() == theirs.tobytes()
+    assert views.prepare(encode(smooth(120, 100), "JPEG"), SPEC) == views.prepare(
+        encode(smooth(120, 100), "JPEG"), SPEC, reduced=False
+    )  # nothing to spare
+    with pytest.raises(KeyError):
+        cut(prepared, plan(300, 200, ViewsConfig(levels=(1, 3)), size=64, factor=16))
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+@pytest.mark.parametrize("size", [(1200, 900), (1021, 777), (2000, 300)])
+def test_a_reduced_jpeg_shows_the_same(size: tuple[int, int], orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(smooth(*size), "JPEG", quality=95, exif=exif.tobytes())
+    image, _ = load_image(data)
+    prepared, _ = views.prepare(data, SPEC)
+    wanted = SPEC.plan(*image.size)
+    assert prepared.size == image.size and list(prepared.parts) == wanted
+    for view, whole in zip(wanted, cut(image, wanted), strict=True):
+        part = prepared.parts[view]
+        assert part.size == (view.width, view.height)
+        apart = np.abs(np.asarray(part, np.int16) - np.asarray(whole, np.int16))
+        assert apart.mean() < 3, (view, apart.mean())
+
+
+def test_a_jpeg_is_reduced_as_far_as_its_views_allow(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+    original = views.cut
+
+    def watched(image: Image.Image, wanted: list[View]) -> list[Image.Image]:
+        sizes.append(image.size)
+        return original(image, wanted)
+
+    monkeypatch.setattr(views, "cut", watched)
+    for side in (127, 243, 244, 487, 488, 973, 974):  # quadrants of 64 px, 5 % may be missing
+        views.prepare(encode(smooth(side, side), "JPEG"), SPEC)
+    assert sizes == [(side, side) for side in (127, 243, 122, 244, 122, 244, 122)]
+
+
+@pytest.mark.parametrize("cut_at", [0.1, 0.5, 0.98])
+def test_a_truncated_jpeg_is_bad_at_any_scale(cut_at: float) -> None:
+    data = encode(smooth(1200, 900), "JPEG")
+    with pytest.raises(BadImage, match="truncated"):
+        views.prepare(data[: int(len(data) * cut_at)], SPEC)

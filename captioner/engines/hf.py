@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from PIL import Image
 from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from captioner import views
 from captioner.config import EngineConfig, SamplingConfig, ViewsConfig, ViewsOverride
-from captioner.engines import CaptionRequest, QuestionBatch, YesNo
+from captioner.engines.base import CaptionRequest, QuestionBatch, YesNo
 from captioner.errors import CheckpointError, DataError
 from captioner.model import Captioner
 from captioner.records import Candidate
@@ -251,7 +250,7 @@ class HFEngine:
 
     # ---- forward passes
 
-    def _cut(self, image: Image.Image | Path, view: str = "all") -> Shown:
+    def _cut(self, image: views.Picture | Path, view: str = "all") -> Shown:
         """The patches of an image: of all its views, or of the one of that tag."""
         decoded = views.load_image(image)[0] if isinstance(image, Path) else image
         part = self.renderer.patches_batch([decoded])[0]

@@ -1,0 +1,139 @@
+"""Ray: workers as actors, preparation of images as tasks of a cluster. The only place that imports ray.
+
+Not Ray Data: its datasets are rows, and giving every input shard its own output would need a ``groupby``, a
+barrier that publishes nothing before everything is captioned; nor could it say which image killed an actor.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+import ray
+
+T = TypeVar("T")
+WAIT = 1.0  # seconds that an actor waits for something to say
+
+
+def connect(address: str | None) -> None:
+    """Join a cluster, or begin one on this machine."""
+    if not ray.is_initialized():
+        ray.init(
+            address=address or os.environ.get("RAY_ADDRESS"), log_to_driver=True, logging_level="warning"
+        )
+
+
+def gpus() -> int:
+    """GPUs of the cluster."""
+    return int(ray.cluster_resources().get("GPU", 0))
+
+
+class RayTasks:
+    """Prepares images in tasks on any node; a task that kills its process takes no other with it."""
+
+    crashed: tuple[type[Exception], ...] = (
+        ray.exceptions.WorkerCrashedError,
+        ray.exceptions.OutOfMemoryError,
+    )
+
+    def __init__(self, ahead: int):
+        self.ahead = ahead
+        self._remote: dict[Any, Any] = {}
+
+    def submit(self, function: Callable[..., T], *args: Any) -> Future[T]:
+        if function not in self._remote:
+            # once more, because its node may have died
+            self._remote[function] = ray.remote(num_cpus=1, max_retries=1)(function)
+        return self._remote[function].remote(*args).future()  # type: ignore[no-any-return]
+
+    alone = submit
+
+
+@ray.remote
+class _Actor:
+    """Runs ``work`` in a thread; ``poll`` brings what it says."""
+
+    def __init__(self, work: Callable[..., None], settings: Any, executor: Callable[[], Any]):
+        self.inbox: queue.Queue[Any] = queue.Queue()
+        self.outbox: queue.Queue[Any] = queue.Queue(1000)
+        arguments = (settings, executor(), self.inbox.get, self.outbox.put)
+        self.thread = threading.Thread(target=work, args=arguments, daemon=True)
+        self.thread.start()
+
+    def send(self, message: Any) -> None:
+        self.inbox.put(message)
+
+    def poll(self) -> list[Any] | None:
+        """What was said since, None after the last word."""
+        said: list[Any] = []
+        try:
+            said.append(self.outbox.get(timeout=WAIT))
+            while True:
+                said.append(self.outbox.get_nowait())
+        except queue.Empty:
+            return said or ([] if self.thread.is_alive() or not self.outbox.empty() else None)
+
+
+class RayPool:
+    """Actors, one per worker; see :class:`captioner.bulk.coordinator.Pool`.
+
+    An actor that finds no room waits until the cluster has some (and so makes an autoscaler act); the others
+    work meanwhile. One that died, or whose node did, is started anew wherever there is room.
+    """
+
+    def __init__(
+        self,
+        work: Callable[..., None],
+        settings: Any,
+        executor: Callable[[], Any],
+        *,
+        gpus_each: float,
+        cpus_each: float = 1,
+    ):
+        self._make = _Actor.options(  # type: ignore[attr-defined]
+            num_gpus=gpus_each, num_cpus=cpus_each, max_restarts=0, max_concurrency=2
+        )
+        self._arguments = work, settings, executor
+        self._actors: dict[int, Any] = {}
+        self._polls: dict[Any, int] = {}  # the answer that is waited for -> worker
+
+    def start(self, worker: int) -> None:
+        self._actors[worker] = self._make.remote(*self._arguments)
+        self._ask(worker)
+
+    def _ask(self, worker: int) -> None:
+        self._polls[self._actors[worker].poll.remote()] = worker
+
+    def send(self, worker: int, message: Any) -> None:
+        self._actors[worker].send.remote(message)
+
+    def poll(self, seconds: float) -> list[tuple[int, tuple[Any, ...]]]:
+        ready, _ = ray.wait(list(self._polls), num_returns=len(self._polls), timeout=seconds)
+        found: list[tuple[int, tuple[Any, ...]]] = []
+        for answer in ready:
+            worker = self._polls.pop(answer)
+            try:
+                said = ray.get(answer)
+            except ray.exceptions.RayError as error:
+                said, reason = None, str(error).strip().splitlines()[0]
+            else:
+                reason = "it ended"
+            if said is None:
+                self.kill(worker)
+                found.append((worker, ("died", reason)))
+            else:
+                found += [(worker, event) for event in said]
+                self._ask(worker)
+        return found
+
+    def kill(self, worker: int) -> None:
+        ray.kill(self._actors[worker])
+
+    def close(self) -> None:
+        for actor in self._actors.values():
+            ray.kill(actor)
+        self._actors, self._polls = {}, {}

@@ -1,0 +1,447 @@
+"""Bulk captioning: killed anywhere, in any part, it ends with the rows of an undisturbed job."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import random
+import select
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from captioner.bulk.output import Output, Tally
+from captioner.bulk.watch import Tripwires, repeats
+from captioner.config import TripwireConfig
+from captioner.engines import CaptionRequest
+from captioner.engines.hf import HFEngine
+from captioner.formats.folder import read_captions
+from captioner.records import CaptionRow
+from captioner.views import prepare
+from loops import cli
+from tests.test_caption import FLAGS, write_checkpoint
+
+ROOT = Path(__file__).resolve().parent.parent
+KILLS = 13  # of a job over each kind of input
+SAMPLED = ["--caption.sampling.temperature", "1.0"]  # so that captions differ from image to image
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny", seed=1)
+
+
+def pictures(count: int, seed: int = 0) -> list[bytes]:
+    """PNG files of noise; every tenth is a copy of the first."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for _ in range(count):
+        buffer = io.BytesIO()
+        Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(buffer, "PNG")
+        found.append(buffer.getvalue())
+    found[9::10] = [found[0]] * len(found[9::10])
+    return found
+
+
+def write_tars(folder: Path, shards: int = 6, rows: int = 5) -> str:
+    folder.mkdir()
+    images = iter(pictures(shards * rows))
+    for shard in range(shards):
+        with tarfile.open(folder / f"{shard:03d}.tar", "w") as tar:
+            for row in range(rows):
+                data = next(images) if (shard, row) != (2, 1) else b"no image"
+                info = tarfile.TarInfo(f"{shard:03d}{row:03d}.png")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    return f"{folder}/*.tar"
+
+
+def write_table(path: Path, rows: int = 26, group: int = 4) -> str:
+    table = pa.table({"key": [f"row-{i}" for i in range(rows)], "image": pictures(rows, seed=1)})
+    pq.write_table(table, path, row_group_size=group)
+    return str(path)
+
+
+def words(source: str | Path, out: Path, checkpoint: Path, *more: str) -> list[str]:
+    return ["caption", str(source), "--out", str(out), "--checkpoint", str(checkpoint), *FLAGS, *more]
+
+
+def rows(out: Path) -> list[CaptionRow]:
+    return list(read_captions(out))
+
+
+def status(out: Path) -> dict[str, Any]:
+    return json.loads((out / ".status.json").read_text(encoding="utf-8"))
+
+
+class Zygote:
+    """Starts jobs without their imports; see tests/zygote.py."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.zygote"],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            bufsize=0,  # select must see every line that is there
+        )
+
+    def start(self, command: list[str]) -> int:
+        assert self.process.stdin and self.process.stdout
+        self.process.stdin.write(json.dumps(command).encode() + b"\n")
+        return int(self.process.stdout.readline())
+
+    def ended(self, seconds: float | None) -> int | None:
+        """The exit code, None if the job still runs after so many seconds."""
+        assert self.process.stdout
+        ready, _, _ = select.select([self.process.stdout], [], [], seconds)
+        return int(self.process.stdout.readline()) if ready else None
+
+
+@pytest.fixture(scope="module")
+def zygote() -> Iterator[Zygote]:
+    found = Zygote()
+    found.start(["--version"])  # once it has its imports
+    assert found.ended(120) == 0
+    yield found
+    found.process.kill()
+    found.process.wait()
+
+
+def children(pid: int) -> list[int]:
+    """The processes that a job started; none where it has ended."""
+    try:
+        found = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    except OSError:
+        return []
+    return [int(child) for child in found.split()]
+
+
+# ---------------------------------------------------------------- kills
+
+
+@pytest.mark.parametrize("kind", ["webdataset", "parquet"])
+def test_a_job_killed_anywhere_ends_with_the_same_rows(
+    kind: str, tmp_path: Path, checkpoint: Path, zygote: Zygote
+) -> None:
+    source = write_tars(tmp_path / "tars") if kind == "webdataset" else write_table(tmp_path / "a.parquet")
+    started = time.monotonic()
+    zygote.start(words(source, tmp_path / "whole", checkpoint, *SAMPLED, "--max-failed", "1"))
+    assert zygote.ended(60) == 0
+    lasts = time.monotonic() - started
+    whole = rows(tmp_path / "whole")
+    assert len(whole) == len({row.key for row in whole}) == (30 if kind == "webdataset" else 26)
+    assert len({row.caption for row in whole}) > 15
+    dice, kills, jobs = random.Random(7), 0, 0
+    while kills < KILLS:
+        out = tmp_path / f"killed-{jobs}"
+        command = words(source, out, checkpoint, *SAMPLED, "--max-failed", "1")
+        jobs += 1
+        code = None
+        while code != 0:
+            pid = zygote.start(command)
+            # a job that went some way is killed earlier, so that most kills meet it at work
+            code = zygote.ended(dice.uniform(0.0, lasts) if kills < KILLS else 60)
+            if code is None:
+                if dice.random() < 0.5:  # the job alone: its workers have to notice
+                    os.kill(pid, signal.SIGKILL)
+                else:
+                    os.killpg(pid, signal.SIGKILL)
+                kills += 1
+                assert zygote.ended(10) in (-signal.SIGKILL, 0)
+            else:
+                assert code == 0
+        assert rows(out) == whole
+        assert {f.name for f in out.glob("*.parquet")} == {
+            f.name for f in (tmp_path / "whole").glob("*.parquet")
+        }
+        assert Output(out).tally == Output(tmp_path / "whole").tally
+
+
+def test_a_killed_worker_costs_nothing(tmp_path: Path, checkpoint: Path, zygote: Zygote) -> None:
+    source = write_tars(tmp_path / "tars", shards=24)
+    flags = [*SAMPLED, "--max-failed", "1", "--workers", "2"]
+    assert cli.main(words(source, tmp_path / "whole", checkpoint, *SAMPLED, "--max-failed", "1")) == 0
+    out = tmp_path / "out"
+    pid = zygote.start(words(source, out, checkpoint, *flags))
+    killed: set[int] = set()
+    while (code := zygote.ended(0.02)) is None:
+        fresh = set(children(pid)) - killed
+        if fresh and len(killed) < 3 and list(out.glob("*.parquet")):
+            os.kill(min(fresh), signal.SIGKILL)
+            killed.add(min(fresh))
+    assert code == 0 and killed
+    assert rows(out) == rows(tmp_path / "whole")
+    found = status(out)
+    assert found["state"] == "done"
+    # one that was killed when its work was done is not missed
+    assert 0 < sum(worker["deaths"] for worker in found["workers"].values()) <= len(killed)
+
+
+POISON = b""  # bytes of the image that kills the process that works on it
+
+
+def deadly_prepare(source: Path, *args: Any) -> Any:
+    if source.read_bytes() == POISON:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return prepare(source, *args)
+
+
+def deadly_sample(self: HFEngine, requests: Iterator[CaptionRequest], *args: Any) -> Any:
+    def watched() -> Iterator[CaptionRequest]:
+        for request in requests:
+            if request.sample_id == hashlib.sha256(POISON).hexdigest():
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield request
+
+    return sample(self, watched(), *args)
+
+
+sample = HFEngine.sample
+
+
+@pytest.mark.parametrize("where", ["prepare", "caption"])
+def test_poison_becomes_a_row(
+    where: str, tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    for number, data in enumerate(pictures(8)):
+        (images / f"{number}.png").write_bytes(data)
+    flags = ["--max-failed", "1", "--engine.batch_size", "2"]
+    assert cli.main(words(images, tmp_path / "whole", checkpoint, *flags)) == 0
+    monkeypatch.setattr(sys.modules[__name__], "POISON", (images / "5.png").read_bytes())
+    if where == "prepare":
+        monkeypatch.setattr("captioner.views.prepare", deadly_prepare)
+        flags += ["--caption.prepare_processes", "2"]
+    else:
+        monkeypatch.setattr(HFEngine, "sample", deadly_sample)
+    assert cli.main(words(images, tmp_path / "out", checkpoint, *flags)) == 0
+    found = {row.key: row for row in rows(tmp_path / "out")}
+    bad = found.pop("5")
+    assert bad.caption is None and bad.error is not None and "died" in bad.error
+    assert found == {row.key: row for row in rows(tmp_path / "whole") if row.key != "5"}
+    deaths = sum(worker["deaths"] for worker in status(tmp_path / "out")["workers"].values())
+    assert deaths == (0 if where == "prepare" else 3)  # once at work, twice alone
+
+
+def test_workers_that_only_die_end_the_job(
+    tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*args: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(HFEngine, "sample", broken)
+    monkeypatch.setattr("captioner.bulk.coordinator.DEATHS", 3)
+    assert cli.main(words(write_table(tmp_path / "a.parquet"), tmp_path / "out", checkpoint)) == 2
+    assert "3 workers died, and no caption came" in capsys.readouterr().err
+    assert not list((tmp_path / "out").glob("*.parquet"))
+
+
+def test_prepared_elsewhere_means_the_same(tmp_path: Path, checkpoint: Path) -> None:
+    """Processes that prepare, other batches and another number of workers change no row."""
+    source = write_table(tmp_path / "a.parquet", rows=12)
+    assert cli.main(words(source, tmp_path / "one", checkpoint, *SAMPLED)) == 0
+    more = ["--caption.prepare_processes", "2", "--engine.batch_size", "5", "--workers", "2"]
+    assert cli.main(words(source, tmp_path / "two", checkpoint, *SAMPLED, *more)) == 0
+    assert rows(tmp_path / "one") == rows(tmp_path / "two")
+
+
+def test_a_shard_that_cannot_be_read_is_named_and_not_skipped(
+    tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write_tars(tmp_path / "tars", shards=3)
+    good = (tmp_path / "tars" / "001.tar").read_bytes()
+    (tmp_path / "tars" / "001.tar").write_bytes(b"\1" * len(good))
+    out = tmp_path / "out"
+    assert cli.main(words(source, out, checkpoint, "--max-failed", "1")) == 3
+    assert "001.tar" in capsys.readouterr().err and status(out)["state"] == "incomplete"
+    assert sorted(path.name for path in out.glob("*.parquet")) == ["00000.parquet", "00002.parquet"]
+    (tmp_path / "tars" / "001.tar").write_bytes(good)
+    assert cli.main(words(source, out, checkpoint, "--max-failed", "1")) == 0
+    assert len(rows(out)) == 15 and status(out)["state"] == "done"
+
+
+def test_a_cluster_of_two_nodes_writes_the_same_rows(tmp_path: Path, checkpoint: Path) -> None:
+    """A worker of the cluster is killed on the way; then a job begun there is ended here."""
+    pytest.importorskip("ray")
+    source = write_tars(tmp_path / "tars", shards=8)
+    flags = [*SAMPLED, "--max-failed", "1"]
+    assert cli.main(words(source, tmp_path / "whole", checkpoint, *flags)) == 0
+    out = tmp_path / "out"
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.ray_nodes", *words(source, out, checkpoint, *flags, "--workers", "2")],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        timeout=400,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout.splitlines()[-1]) == {"code": 0, "nodes": 2, "killed": 1}, done.stderr[
+        -3000:
+    ]
+    assert rows(out) == rows(tmp_path / "whole")
+    assert sum(worker["deaths"] for worker in status(out)["workers"].values()) == 1
+    for shard in ("00001", "00005"):
+        (out / f"{shard}.parquet").unlink()
+    assert cli.main(words(source, out, checkpoint, *flags)) == 0
+    assert rows(out) == rows(tmp_path / "whole")
+
+
+# ---------------------------------------------------------------- what is written beside the rows
+
+
+def caption_row(number: int, caption: str | None = None, **more: Any) -> CaptionRow:
+    made: dict[str, Any] = dict(
+        id=str(number),
+        key=str(number),
+        caption=caption,
+        finish_reason="stop",
+        tokens=5,
+        model="m",
+        config="c",
+    )
+    return CaptionRow(**made | more)
+
+
+def test_a_journal_without_its_last_lines_is_mended(tmp_path: Path) -> None:
+    output = Output(tmp_path)
+    for shard in range(4):
+        output.publish(shard, [caption_row(shard, "x"), caption_row(9, error="too small: 1 px")])
+    journal = tmp_path / ".shards.jsonl"
+    whole = journal.read_text()
+    for cut in (0, 10, len(whole) - 1, len(whole) - len(whole) // 4):
+        journal.write_text(whole[:cut])
+        again = Output(tmp_path)
+        assert again.tally == output.tally == Tally(8, 4, 0, 40, {"too small": 4})
+        assert again.done == {0, 1, 2, 3} and len(journal.read_text().splitlines()) == 4
+    (tmp_path / "00002.parquet").unlink()  # its line is of no use any more
+    assert Output(tmp_path).done == {0, 1, 3} and Output(tmp_path).tally.rows == 6
+
+
+def test_the_status_file_and_prometheus_say_what_is_done(tmp_path: Path, checkpoint: Path) -> None:
+    source, out = write_tars(tmp_path / "tars"), tmp_path / "out"
+    flags = ["--max-failed", "1", "--caption.prometheus", str(tmp_path / "job.prom")]
+    assert cli.main(words(source, out, checkpoint, *flags)) == 0
+    found = status(out)
+    assert found["images"] == {"total": 30, "before": 0, "done": 30, "failed": 1}
+    assert found["shards"] == {"total": 6, "done": 6} and found["state"] == "done"
+    assert found["workers"]["0"]["images"] == 30 and found["images_per_s"] > 0 and found["tokens_per_s"] > 0
+    lines = dict(
+        line.rsplit(" ", 1) for line in (tmp_path / "job.prom").read_text().splitlines() if line[0] != "#"
+    )
+    assert lines["captioner_images_done"] == "30" and lines["captioner_images_failed"] == "1"
+    assert lines["captioner_running"] == "0" and lines['captioner_worker_images{worker="0"}'] == "30"
+
+
+def test_another_job_cannot_use_the_output(
+    tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    code = (
+        f"import time; from pathlib import Path; from captioner.runs import lock\n"
+        f"held = lock(Path({str(out)!r})); print('held', flush=True); time.sleep(60)"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout and holder.stdout.readline() == "held\n"
+        assert cli.main(words("scenes:test:2", out, checkpoint)) == 2
+        assert "another process works in this output" in capsys.readouterr().err
+    finally:
+        holder.kill()
+        holder.wait()
+
+
+def test_estimate_names_the_slowest_stage_and_writes_nothing(
+    tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write_table(tmp_path / "a.parquet")
+    assert cli.main(words(source, tmp_path / "out", checkpoint, "--estimate", "6")) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("6 images sampled, 0 of them failed, 6 tokens a caption")
+    assert printed.count("<- slowest") == 1 and "26 images: " in printed and "device-hours" in printed
+    assert [line.split()[0] for line in printed.splitlines()[1:4]] == ["read", "prepare", "caption"]
+    assert not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------- quality
+
+
+def test_verified_captions_have_columns_and_refuted_statements_go(tmp_path: Path) -> None:
+    source = "scenes:test:6"
+    checkpoint_flags = ["--checkpoint", "scenes-base", "--caption.sampling.max_tokens", "60"]
+    plain, out, dropped = tmp_path / "plain", tmp_path / "out", tmp_path / "dropped"
+    base = ["caption", source, *checkpoint_flags, "--caption.prepare_processes", "0"]
+    assert cli.main([*base, "--out", str(plain)]) == 0
+    assert cli.main([*base, "--out", str(out), "--verify"]) == 0
+    found = rows(out)
+    assert [row.caption for row in found] == [row.caption for row in rows(plain)]
+    assert all(row.p_yes and len(row.p_yes) == len(row.statements or []) for row in found)
+    assert all(row.p_yes is None for row in rows(plain))
+    every = sorted(p for row in found for p in row.p_yes or [])
+    middle = every[len(every) // 2]
+    assert cli.main([*base, "--out", str(dropped), "--drop-refuted", "--caption.drop", str(middle)]) in (0, 3)
+    for before, after in zip(found, rows(dropped), strict=True):
+        assert (after.statements, after.p_yes) == (before.statements, before.p_yes) or after.caption is None
+        pairs = zip(before.statements or [], before.p_yes or [], strict=True)
+        kept = [text for text, p in pairs if p >= middle]
+        whole = len(kept) == len(before.statements or [])
+        assert after.caption == (before.caption if whole else ", ".join(kept) or None)
+    assert any(a.caption != b.caption for a, b in zip(found, rows(dropped), strict=True))
+
+
+def test_tripwires_trip_and_only_then() -> None:
+    config = TripwireConfig(rows=100)
+
+    def judged(texts: list[str | None], **more: Any) -> str:
+        wires = Tripwires(config)
+        return "; ".join(wires.see(caption_row(i, text, **more) for i, text in enumerate(texts)))
+
+    good = [f"red circle {i}, blue square" for i in range(100)]
+    assert judged(good) == ""
+    assert "one and the same caption: 'a'" in judged(["a"] * 5 + good[5:])
+    assert "refuse to caption" in judged([f"I'm sorry, I cannot see {i}" for i in range(3)] + good[3:])
+    assert judged([f"a sign that says I'm sorry, {i}" for i in range(3)] + good[3:]) == ""
+    assert "cut by the token limit" in judged(good, finish_reason="length")
+    loops = [f"{i} a red ball on a red ball on a red ball on a red ball on a red ball" for i in range(5)]
+    assert "repeat themselves" in judged(loops + good[5:])
+    empty = [caption_row(i, error="the model wrote no caption") for i in range(3)]
+    assert "are empty" in "; ".join(
+        Tripwires(config).see(empty + [caption_row(i, t) for i, t in enumerate(good[3:])])
+    )
+    wires = Tripwires(config)
+    assert wires.see(caption_row(i, t) for i, t in enumerate(good)) == []
+    late = wires.see(caption_row(i, t, tokens=12) for i, t in enumerate(good))
+    assert late == ["captions became 12 tokens long on average; they were 5"]
+    copies = [caption_row(0, "a") for _ in range(50)] + [
+        caption_row(i, t) for i, t in enumerate(good[50:], 1)
+    ]
+    assert Tripwires(config).see(copies) == []  # of one image
+    assert not repeats("a red ball, a blue ball, a red cube, a blue cube, a large ring, a small ring")
+
+
+def test_a_tripwire_stops_the_job_and_it_goes_on(
+    tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = write_table(tmp_path / "a.parquet"), tmp_path / "out"
+    flags = words(source, out, checkpoint, "--caption.tripwires.rows", "10")
+    assert cli.main([*flags, "--caption.tripwires.action", "stop"]) == 3
+    assert "are cut by the token limit" in capsys.readouterr().err and status(out)["state"] == "stopped"
+    assert cli.main(flags) == 0
+    assert len(rows(out)) == 26 and "tripwire: " in capsys.readouterr().err
