@@ -218,6 +218,32 @@ def load(
     return captioner
 
 
+def load_frontend(path: Path) -> Captioner:
+    """What makes prompts for a checkpoint and reads its answers; the weights stay on disk.
+
+    As :func:`load`, but the model is on the meta device and its soft prompt still in the vocabulary.
+    """
+    settings = _check_files(path)
+    own = settings.get("captioner", {})
+    processor = _processor(path)
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(
+            AutoConfig.from_pretrained(path, local_files_only=True)
+        )
+    if (path / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
+    return Captioner(
+        model=model,
+        processor=processor,
+        tokenizer=processor.tokenizer,
+        family=FAMILIES[settings["model_type"]],
+        path=path,
+        view_size=_view_size(processor),
+        soft_prompt_ids=list(own.get("soft_prompt_ids", [])),
+        views=ViewsConfig.model_validate(own.get("views", {})),
+    )
+
+
 def checkpoint_path(path: str) -> Path:
     """The directory of a checkpoint; ``scenes-base`` is the one shipped with the repository or the wheel."""
     if path != "scenes-base":

@@ -18,7 +18,7 @@ from typing import Any
 
 from captioner import prompts
 from captioner.config import Config, SamplingConfig
-from captioner.engines import CaptionRequest, Engine
+from captioner.engines import CaptionRequest, Engine, make_engine
 from captioner.errors import CheckpointError, DataError, Refused, RunError
 from captioner.formats import resolve
 from captioner.formats.folder import (
@@ -184,11 +184,7 @@ def _caption(
     missing = [i for i in range(len(parts)) if not shards.has(i)]
     if not missing:
         return 0
-    from captioner import model
-    from captioner.engines.hf import HFEngine
-
-    captioner = model.load(config.model.model_copy(update={"path": str(checkpoint)}))
-    engine = HFEngine(captioner, config.views, config.engine)
+    engine = make_engine(checkpoint, config)
     total = sum(len(parts[i]) for i in missing)
     try:
         with progress("captioning", total) as bar:
@@ -252,7 +248,9 @@ def caption_images(
         sha = reader.ids.get(image.key, "")
         made = captions.get(sha)
         error = reader.errors.get(image.key)
-        if made is not None and not made.text.strip():
+        if made is not None and made.finish_reason.startswith("error"):
+            error = made.finish_reason
+        elif made is not None and not made.text.strip():
             error = "the model wrote no caption"
         good = made if error is None else None
         rows.append(

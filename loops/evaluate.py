@@ -20,7 +20,7 @@ from rich.table import Table
 
 from captioner import metrics, prompts
 from captioner.config import Config, SamplingConfig
-from captioner.engines import CaptionRequest
+from captioner.engines import CaptionRequest, make_engine
 from captioner.errors import CheckpointError, ConfigError, DataError, Refused, RunError
 from captioner.formats import resolve
 from captioner.formats.folder import ImageRow, read_folder
@@ -250,15 +250,11 @@ def _fill(
     name: str,
 ) -> None:
     """Write every missing shard."""
-    from captioner import model
-    from captioner.engines.hf import HFEngine
-
     starts = [s for s in range(0, len(images), SHARD_ROWS) if not shards.has(s // SHARD_ROWS)]
     if not starts:
         return
-    captioner = model.load(config.model.model_copy(update={"path": str(entry.checkpoint)}))
     prompt = prompts.load("describe") if entry.prose else None
-    engine = HFEngine(captioner, config.views, config.engine, prompt=prompt)
+    engine = make_engine(entry.checkpoint, config, prompt)
     greedy = SamplingConfig(temperature=0.0, max_tokens=config.evaluate.max_tokens)
     try:
         with progress(f"captions by {entry.name}", len(starts) * SHARD_ROWS) as bar:

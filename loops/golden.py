@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 from captioner import golden, pairs, prompts, scenes
 from captioner.config import Config
+from captioner.engines import make_engine
 from captioner.errors import ConfigError, Refused, RunError
 from captioner.formats import SCENES, parse_scenes, resolve
 from captioner.formats.folder import ImageRow, read_folder
@@ -288,11 +289,7 @@ def _fill(
 @contextmanager
 def _engine(checkpoint: Path, config: Config) -> Iterator[Engine]:
     """The one model in memory: captioner and verifier are never loaded together."""
-    from captioner import model
-    from captioner.engines.hf import HFEngine
-
-    loaded = model.load(config.model.model_copy(update={"path": str(checkpoint)}))
-    engine = HFEngine(loaded, config.views, config.engine)
+    engine = make_engine(checkpoint, config)
     try:
         yield engine
     finally:

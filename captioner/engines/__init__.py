@@ -5,14 +5,14 @@ The same request gives the same prompt ids on every engine; answers come in requ
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from PIL import Image
 
-from captioner.config import SamplingConfig
+from captioner.config import Config, SamplingConfig
 from captioner.records import Candidate
 
 
@@ -42,6 +42,22 @@ class YesNo:
     label_mass: float
 
 
+@dataclass(frozen=True)
+class TextRequest:
+    """A request for a JSON answer, without images."""
+
+    text: str
+    max_tokens: int
+    check: Callable[[Any], str | None] | None = None  # why a well-formed answer is no good; None: it is
+
+
+@dataclass(frozen=True)
+class NoAnswer:
+    """In place of an answer where none was good in all tries."""
+
+    reason: str
+
+
 class Engine(Protocol):
     def sample(
         self, requests: Iterable[CaptionRequest], n: int, sampling: SamplingConfig
@@ -60,3 +76,26 @@ class Engine(Protocol):
     def close(self) -> None:
         """Free what the engine holds."""
         ...
+
+
+def make_engine(checkpoint: Path, config: Config, prompt: str | None = None) -> Engine:
+    """The engine that ``config.engine.type`` names, on a checkpoint directory.
+
+    ``prompt`` is asked for captions in place of the captioner's own (see ``Renderer.branch_ids``). Raises
+    CheckpointError for a checkpoint that cannot be read.
+    """
+    from captioner import model  # imports torch, which --help has no time for
+
+    if config.engine.type == "hf":
+        from captioner.engines.hf import HFEngine
+
+        captioner = model.load(config.model.model_copy(update={"path": str(checkpoint)}))
+        return HFEngine(captioner, config.views, config.engine, prompt=prompt)
+    captioner = model.load_frontend(checkpoint)
+    if config.engine.type == "server":
+        from captioner.engines.server import ServerEngine
+
+        return ServerEngine(captioner, config.views, config.engine, prompt=prompt)
+    from captioner.engines.vllm import VLLMEngine
+
+    return VLLMEngine(captioner, config.views, config.engine, config.model.dtype, prompt=prompt)
