@@ -67,7 +67,7 @@ COMMANDS: dict[str, Command] = {
     "golden": Command(
         "loops.golden",
         "sample captions, ask about every claim, write golden captions and pairs",
-        (*_ENGINE, "golden", "pairs"),
+        (*_ENGINE, "tool", "golden", "pairs"),
         (_CURRENT, _ROUND + "/qa", "{config.golden.images}"),
         tuple(f"{_ROUND}/{name}" for name in ("candidates", "claims", "golden", "pairs")),
     ),
@@ -81,7 +81,7 @@ COMMANDS: dict[str, Command] = {
     "iterate": Command(
         "loops.iterate",
         "whole rounds: qa, golden, dpo, evaluate, gate",
-        (*_ENGINE, "qa", "golden", "pairs", "dpo", "gate"),
+        (*_ENGINE, "qa", "tool", "golden", "pairs", "dpo", "gate"),
         (_CURRENT, "{config.qa.data}", "{config.golden.images}", "{config.gate.data}"),
         (_ROUND,),
     ),
@@ -107,6 +107,7 @@ COMMANDS: dict[str, Command] = {
         (_CURRENT,),
         ("{out}",),
     ),
+    "serve": Command("loops.serve", "start a vLLM server with the right flags for a captioner", _ENGINE),
     "data": Command("loops.data", "look at and check an image folder", (), ("{folder}",)),
     "scenes": Command("loops.scenes", "render the procedural data set"),
     "study": Command("loops.study", "a claim of the method as a table over seeds, on the scenes"),

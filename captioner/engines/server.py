@@ -13,6 +13,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from io import BytesIO
 from pathlib import Path
 from typing import Any, TypeVar
@@ -278,6 +279,11 @@ class TextEngine:
     def tokens(self) -> int:
         """Tokens generated up to now."""
         return self._servers.tokens
+
+    @cached_property
+    def model(self) -> str:
+        """The name of the model that answers."""
+        return self._servers.model()
 
     def close(self) -> None:
         """End what is under way."""

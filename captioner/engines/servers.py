@@ -79,6 +79,12 @@ class Servers:
         """Requests that all servers together work on at the same time."""
         return self.config.in_flight * len(self._servers)
 
+    def model(self) -> str:
+        """The model that requests name; waits for a server where only it can tell."""
+        if self.wanted is not None:
+            return self.wanted
+        return asyncio.run_coroutine_threadsafe(self._pick(None, None), self._loop).result().model
+
     def close(self) -> None:
         """End everything under way."""
         if self._loop.is_closed():
