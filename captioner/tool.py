@@ -227,6 +227,8 @@ class Reformulated(_Answer):
 
 
 AnswerT = TypeVar("AnswerT", bound=_Answer)
+# what is kept of each prompt's answers: of questions one by one
+KEPT: dict[str, type[_Answer]] = {"merge": Merged, "decompose": Asked, "reformulate": Reformulated}
 
 
 class LLM(Rules):
@@ -236,7 +238,7 @@ class LLM(Rules):
     """
 
     def __init__(self, config: ToolConfig, folder: Path, kind_of: Callable[[str], str] | None = None):
-        from captioner.engines.server import TextEngine
+        from captioner.engines.text import TextEngine
 
         super().__init__(kind_of)
         self.config = config
@@ -364,13 +366,11 @@ class LLM(Rules):
         if name not in self._kept:
             self._kept[name] = {}
             path = self._folder / f"{name}.jsonl"
-            schemas = {"merge": Merged, "decompose": Asked, "reformulate": Reformulated}
-            schema: type[_Answer] = schemas[name]
             lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []
             for line in lines:
                 try:
                     row = json.loads(line)
-                    schema.model_validate_json(row["answer"])
+                    KEPT[name].model_validate_json(row["answer"])
                     self._kept[name][row["key"]] = row["answer"]
                 except (ValueError, LookupError, TypeError, ValidationError):
                     continue  # half a line, where a run was killed: asked again

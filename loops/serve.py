@@ -7,7 +7,6 @@ no other checkpoint is taken for it. Runs until it is stopped; SIGINT and SIGTER
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shlex
 import signal
@@ -32,7 +31,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def plan(config: Config, args: argparse.Namespace) -> dict[str, Any]:
-    return {"starts": shlex.join(command(config, args)), "at": _url(args)}
+    return {"starts": shlex.join(command(config, args)), "at": _url(args), "writes": "nothing"}
 
 
 def run(config: Config, args: argparse.Namespace) -> int:
@@ -82,20 +81,28 @@ def command(config: Config, args: argparse.Namespace) -> list[str]:
     checkpoint = model.checkpoint_path(args.checkpoint)
     captioner = model.load_frontend(checkpoint)
     settings = vllm.settings(captioner, Renderer(captioner, config.views), config.engine, config.model.dtype)
-    settings |= {"served_model_name": served_name(checkpoint), "host": args.host, "port": args.port}
+    settings |= {
+        "served_model_name": served_name(checkpoint),
+        "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},  # no end of it
+        "host": args.host,
+        "port": args.port,
+    }
     interpreter = config.engine.vllm_python or sys.executable
     # The module, not the `vllm` command: builds for a CPU have another distribution's name.
     return [interpreter, "-m", "vllm.entrypoints.openai.api_server", *_words(settings)]
 
 
-def _words(settings: Mapping[str, Any]) -> list[str]:
+def _words(settings: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Settings as flags; what is in a group has a dotted name, and a switch that is off has none."""
     words = []
     for name, value in settings.items():
-        if isinstance(value, bool):
-            words += [f"--{name.replace('_', '-')}"] if value else []
+        flag = f"{prefix}.{name}" if prefix else f"--{name.replace('_', '-')}"
+        if isinstance(value, Mapping):
+            words += _words(value, flag)
+        elif isinstance(value, bool) and not prefix:
+            words += [flag] if value else []
         else:
-            text = json.dumps(value) if isinstance(value, dict) else str(value)
-            words += [f"--{name.replace('_', '-')}", text]
+            words += [flag, str(value).lower() if isinstance(value, bool) else str(value)]
     return words
 
 

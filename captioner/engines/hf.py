@@ -22,7 +22,7 @@ from transformers.cache_utils import DynamicLayer
 
 from captioner import views
 from captioner.config import EngineConfig, SamplingConfig, ViewsConfig, ViewsOverride
-from captioner.engines import CaptionRequest, QuestionBatch, YesNo
+from captioner.engines.base import CaptionRequest, QuestionBatch, YesNo
 from captioner.engines.vocabulary import Vocabulary
 from captioner.errors import DataError
 from captioner.model import Captioner

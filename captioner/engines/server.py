@@ -13,18 +13,16 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
 from io import BytesIO
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from PIL import Image
-from pydantic import BaseModel, ValidationError
 
 from captioner import views
-from captioner.config import EngineConfig, SamplingConfig, ServerConfig, ViewsConfig, ViewsOverride
-from captioner.engines import CaptionRequest, NoAnswer, QuestionBatch, TextRequest, YesNo
-from captioner.engines.servers import Failed, Rejected, Server, Servers
+from captioner.config import EngineConfig, SamplingConfig, ViewsConfig, ViewsOverride
+from captioner.engines.base import CaptionRequest, QuestionBatch, YesNo
+from captioner.engines.servers import Failed, Rejected, Server, Servers, choice_of
 from captioner.engines.vocabulary import Vocabulary
 from captioner.errors import EngineError
 from captioner.model import Captioner
@@ -32,10 +30,8 @@ from captioner.records import Candidate
 from captioner.render import Renderer
 from captioner.runs import hash_path, row_seed
 
-ModelT = TypeVar("ModelT", bound=BaseModel)
 NAME_LENGTH = 16  # digits of a checkpoint's hash that name it on a server
 BIAS = -100.0  # the strongest that the protocol allows; the logits of a model lie far inside
-MAX_TEXT = 1 << 16  # characters of an answer that may be read as JSON
 NEUTRAL = {
     "top_k": 0,
     "min_p": 0.0,
@@ -138,7 +134,7 @@ class ServerEngine:
 
     def _caption(self, answer: dict[str, Any]) -> tuple[list[int], list[float], str]:
         """Token ids without the end token, log-probabilities with it, and why it ended."""
-        choice = _choice(answer)
+        choice = choice_of(answer)
         ids, reason = choice.get("token_ids"), choice.get("finish_reason")
         logprobs = [row["logprob"] for row in _logprobs(choice)]
         if (
@@ -173,7 +169,9 @@ class ServerEngine:
 
         def read(answer: dict[str, Any]) -> YesNo:
             try:
-                rows = {row["token"]: row["logprob"] for row in _logprobs(_choice(answer))[0]["top_logprobs"]}
+                rows = {
+                    row["token"]: row["logprob"] for row in _logprobs(choice_of(answer))[0]["top_logprobs"]
+                }
                 yes, no, learned = (
                     sum(math.exp(rows[f"token_id:{token}"]) for token in ids)
                     for ids in (words.yes, words.no, soft)
@@ -269,68 +267,6 @@ class ServerEngine:
         )
 
 
-class TextEngine:
-    """JSON answers of an instruction-tuned model on any server that speaks the OpenAI protocol."""
-
-    def __init__(self, config: ServerConfig):
-        self._servers = Servers(config)
-
-    @property
-    def tokens(self) -> int:
-        """Tokens generated up to now."""
-        return self._servers.tokens
-
-    @cached_property
-    def model(self) -> str:
-        """The name of the model that answers."""
-        return self._servers.model()
-
-    def close(self) -> None:
-        """End what is under way."""
-        self._servers.close()
-
-    def complete(self, requests: Iterable[TextRequest], schema: type[ModelT]) -> Iterator[ModelT | NoAnswer]:
-        """See :class:`captioner.engines.Engine`."""
-        kind = {"name": schema.__name__, "schema": schema.model_json_schema(), "strict": True}
-
-        async def one(request: TextRequest) -> ModelT | NoAnswer:
-            def body(server: Server, number: int) -> dict[str, Any]:
-                return {
-                    "messages": [{"role": "user", "content": request.text}],
-                    "max_tokens": request.max_tokens,
-                    "temperature": 0.7 if number else 0.0,  # the same again would give the same again
-                    "seed": number,
-                    "response_format": {"type": "json_schema", "json_schema": kind},
-                }
-
-            try:
-                return (await self._servers.ask(body, lambda answer: _parse(answer, request, schema)))[0]
-            except Failed as error:
-                return NoAnswer(str(error))
-
-        return self._servers.map(one, requests, 2 * self._servers.slots)
-
-
-def _parse(answer: dict[str, Any], request: TextRequest, schema: type[ModelT]) -> ModelT:
-    """The answer as a checked object; Failed for anything else."""
-    choice = _choice(answer)
-    message = choice.get("message")
-    text = message.get("content") if isinstance(message, dict) else None
-    if choice.get("finish_reason") == "length":
-        raise Failed("cut answer")
-    if not isinstance(text, str) or not text.strip():
-        raise Failed("empty answer")
-    if len(text) > MAX_TEXT:
-        raise Failed("over-long answer")
-    try:
-        made = schema.model_validate_json(text)
-    except (ValidationError, RecursionError) as error:
-        raise Failed("invalid answer") from error
-    if request.check is not None and (reason := request.check(made)):
-        raise Failed(reason)
-    return made
-
-
 async def _all(waiting: Iterable[Any]) -> list[Any]:
     """The results, in order; the first failure ends the others."""
     tasks = [asyncio.ensure_future(each) for each in waiting]
@@ -339,13 +275,6 @@ async def _all(waiting: Iterable[Any]) -> list[Any]:
     finally:
         for task in tasks:
             task.cancel()
-
-
-def _choice(answer: dict[str, Any]) -> dict[str, Any]:
-    choices = answer.get("choices")
-    if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
-        raise Failed("an answer without a choice")
-    return choices[0]
 
 
 def _logprobs(choice: dict[str, Any]) -> list[dict[str, Any]]:

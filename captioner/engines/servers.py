@@ -25,7 +25,7 @@ from captioner.errors import EngineError
 T = TypeVar("T")
 R = TypeVar("R")
 MAX_BYTES = 1 << 24  # of an answer
-PROBE_SECONDS = 30.0  # for a probe to be answered
+PROBE_SECONDS = 30.0  # for a probe to be answered, if `timeout` is not shorter
 LONGEST_PAUSE = 10.0  # seconds between two tries or probes; it doubles from 0.2
 FATAL = (401, 402, 403, 404)  # the fault is in the settings: another try gives the same
 
@@ -242,7 +242,8 @@ class Servers:
 
     async def _look(self, server: Server) -> None:
         """Learn the server's model; one that has failed before must also generate a token."""
-        async with asyncio.timeout(PROBE_SECONDS):
+        seconds = min(PROBE_SECONDS, self.config.timeout)
+        async with asyncio.timeout(seconds):
             async with self._client.stream("GET", f"{server.url}/models") as response:
                 data = await _read(response)
         if response.status_code != 200:
@@ -256,7 +257,7 @@ class Servers:
         server.model = self.wanted or names[0]
         if server.was_up:
             greeting = {"messages": [{"role": "user", "content": "yes"}], "max_tokens": 1}
-            await self._send(server, greeting, PROBE_SECONDS)
+            await self._send(server, greeting, seconds)
         server.up = server.was_up = True
 
 
@@ -286,3 +287,11 @@ def _object(data: bytes) -> dict[str, Any]:
 
 def _excerpt(data: bytes) -> str:
     return " ".join(data[:2000].decode("utf-8", errors="replace").split())[:200]
+
+
+def choice_of(answer: dict[str, Any]) -> dict[str, Any]:
+    """The one choice of a chat completion; Failed where there is none."""
+    choices = answer.get("choices")
+    if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
+        raise Failed("an answer without a choice")
+    return choices[0]

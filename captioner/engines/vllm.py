@@ -17,7 +17,7 @@ from PIL import Image
 
 from captioner import views
 from captioner.config import EngineConfig, SamplingConfig, ViewsConfig, ViewsOverride
-from captioner.engines import CaptionRequest, QuestionBatch, YesNo
+from captioner.engines.base import CaptionRequest, QuestionBatch, YesNo
 from captioner.engines.vocabulary import Vocabulary
 from captioner.errors import CheckpointError, ConfigError, EngineError
 from captioner.model import Captioner
