@@ -40,7 +40,14 @@ def run(config: Config, args: argparse.Namespace) -> int:
     _check_free(args)
     environment = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", **os.environ}
     # A session of its own: a Ctrl-C then reaches the server once, through us.
-    server = subprocess.Popen(words, env=environment, start_new_session=True)
+    try:
+        server = subprocess.Popen(words, env=environment, start_new_session=True)
+    except OSError as error:
+        raise EngineError(
+            f"the interpreter does not start: {error.strerror}",
+            where=words[0],
+            mend="--engine.vllm_python names one that has vLLM",
+        ) from error
     stopped = False
 
     def stop(number: int, frame: object) -> None:

@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from captioner.config import Config
+from captioner.engines import make_engine
 from captioner.engines.server import served_name
+from captioner.errors import EngineError
 from loops.cli import main
 from tests.tiny import tiny_checkpoint
 
@@ -50,6 +53,8 @@ def test_a_server_that_does_not_start_is_told(
     silent.chmod(0o755)
     assert main(["serve", str(checkpoint), "--port", "1", "--engine.vllm_python", str(silent)]) == 2
     assert "the server ended with code 7" in capsys.readouterr().err
+    assert main(["serve", str(checkpoint), "--port", "1", "--engine.vllm_python", "nowhere/python"]) == 2
+    assert "does not start" in capsys.readouterr().err
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -69,3 +74,9 @@ def test_what_vllm_cannot_run_is_refused(checkpoint: Path, capsys: pytest.Captur
         config.write_text(before)
     assert "16 wide" in capsys.readouterr().err
     assert main(["serve", "nowhere", "--dry-run"]) == 2
+
+
+def test_without_vllm_it_says_what_to_do(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(EngineError, match=r"vLLM is not installed here.*\n.*engine.type server"):
+        make_engine(checkpoint, Config.model_validate({"engine": {"type": "vllm"}}))

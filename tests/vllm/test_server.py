@@ -23,7 +23,7 @@ from captioner.tool import LLM, ToolFailed
 from loops.cli import main
 from tests.vllm.conftest import Server
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.xdist_group("vllm")]  # one server for all
 SIZES = [(128, 128), (200, 90), (64, 150), (300, 20)]
 QUESTIONS = ["Visible: northwest red?", " a  circle\n above a star? ", "ring", "Grüße, 图 🙂?"]
 GREEDY = SamplingConfig(temperature=0.0, max_tokens=24)
