@@ -248,8 +248,8 @@ def caption_images(
         sha = reader.ids.get(image.key, "")
         made = captions.get(sha)
         error = reader.errors.get(image.key)
-        if made is not None and made.finish_reason.startswith("error"):
-            error = made.finish_reason
+        if made is not None and made.error:
+            error = made.error
         elif made is not None and not made.text.strip():
             error = "the model wrote no caption"
         good = made if error is None else None

@@ -264,16 +264,17 @@ def _fill(
                 rows = []
                 for row in reader.images:
                     made = said.get(row.key)
+                    error = reader.errors.get(row.key) or (made.error if made else None)
                     rows.append(
                         CaptionRow(
                             id=made.sample if made else "",
                             key=row.key,
-                            caption=made.text if made else None,
+                            caption=made.text if made and not error else None,
                             finish_reason=made.finish_reason if made else None,
                             tokens=made.tokens if made else None,
                             model=model_hash,
                             config=name,
-                            error=reader.errors.get(row.key),
+                            error=error,
                         )
                     )
                 shards.write(start // SHARD_ROWS, rows)
