@@ -21,7 +21,7 @@ from tests.test_fuse import adapted
 
 REPO = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING", "PYTHONPATH": str(REPO)}
-START_SECONDS = 300.0
+START_SECONDS = 600.0  # where the machine is busy; 20 to 60 is usual
 
 
 @pytest.fixture(scope="session")

@@ -56,7 +56,7 @@ def test_rows_of_hf(vllm_python: str, checkpoint: Path, tmp_path: Path) -> None:
         env={**os.environ, **ENVIRONMENT, "PYTHONPATH": str(REPO)},
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=600,
     )
     [line] = [each for each in result.stdout.splitlines() if each.startswith("RESULT")] or [result.stderr]
     greedy, sampled, answers, unwanted = json.loads(line.removeprefix("RESULT"))

@@ -39,7 +39,7 @@ def requests(count: int = 6) -> list[CaptionRequest]:
 
 
 def settings(kind: str, url: str = "http://127.0.0.1:1/v1", **engine: object) -> Config:
-    return Config.model_validate({"engine": {"type": kind, "urls": [url], "wait": 240.0, **engine}})
+    return Config.model_validate({"engine": {"type": kind, "urls": [url], "wait": 600.0, **engine}})
 
 
 def both(checkpoint: Path, server: Server) -> tuple[object, ServerEngine]:
@@ -203,7 +203,7 @@ def test_a_killed_server_costs_nothing_but_time(
     ]
     assert main([*job, "--out", str(tmp_path / "hf")]) == 0
     there = ["--engine.type", "server", "--engine.urls", server.url, "--engine.in_flight", "2"]
-    there += ["--engine.wait", "240"]
+    there += ["--engine.wait", "600"]
     crashed = threading.Event()
 
     def crash() -> None:
