@@ -260,8 +260,14 @@ class LLM(Rules):
         """Merge the captions of each image and ask about all their statements, many at a time."""
         images = [captions for captions in images if any(map(_words, captions))]
         merged = self._answers("merge", Merged, [self._merging(captions) for captions in images])
-        texts = [each.text for part in merged if isinstance(part, Merged) for each in part.statements]
-        self._decomposed([" ".join(text.split()) for text in texts])
+        self._decomposed(
+            [
+                each.text
+                for captions, answer in zip(images, merged, strict=True)
+                if isinstance(answer, Merged)
+                for each in _statements(answer, captions)
+            ]
+        )
 
     def merge(self, captions: Sequence[str]) -> list[Statement]:
         """The distinct statements of the captions, in natural order."""
@@ -270,10 +276,7 @@ class LLM(Rules):
         [merged] = self._answers("merge", Merged, [self._merging(captions)])
         if isinstance(merged, NoAnswer):
             raise ToolFailed(merged.reason)
-        return [
-            Statement(" ".join(each.text.split()), tuple(sorted(set(each.captions))))
-            for each in merged.statements
-        ]
+        return _statements(merged, captions)
 
     def decompose(self, statement: str) -> Question:
         """One yes/no question about it."""
@@ -304,22 +307,30 @@ class LLM(Rules):
         return asked
 
     def _decomposed(self, statements: Sequence[str]) -> list[Asked | NoAnswer]:
-        """What is asked about each statement; several share a request, each is kept on its own."""
+        """What is asked about each statement, kept one by one.
+
+        Several share a request; those of one that failed are asked about once more in smaller ones, so that a
+        statement takes few others with it.
+        """
         kept = self._load("decompose")
         keys = [self._key("decompose", Decomposed, statement) for statement in statements]
-        todo = list({key: text for key, text in zip(keys, statements, strict=True)
-                     if key not in kept and key not in self._failed}.items())  # fmt: skip
-        size = self.config.statements
-        chunks = [todo[start : start + size] for start in range(0, len(todo), size)]
-        requests = []
-        for chunk in chunks:
-            listed = json.dumps([text for _, text in chunk], ensure_ascii=False)
-            requests.append(_Request(listed, {"statements": listed}, _one_each(len(chunk))))
-        for chunk, answer in zip(chunks, self._ask("decompose", Decomposed, requests), strict=True):
-            if isinstance(answer, NoAnswer):
-                self._failed |= {key: answer.reason for key, _ in chunk}
-            else:
-                self._keep("decompose", {chunk[each.statement][0]: each for each in answer.questions})
+        todo = {key: text for key, text in zip(keys, statements, strict=True)
+                if key not in kept and key not in self._failed}  # fmt: skip
+        for size in (self.config.statements, max(1, self.config.statements // 8)):
+            failed: dict[str, str] = {}
+            left = list(todo.items())
+            chunks = [left[start : start + size] for start in range(0, len(left), size)]
+            requests = []
+            for chunk in chunks:
+                listed = json.dumps([text for _, text in chunk], ensure_ascii=False)
+                requests.append(_Request(listed, {"statements": listed}, _one_each(len(chunk))))
+            for chunk, answer in zip(chunks, self._ask("decompose", Decomposed, requests), strict=True):
+                if isinstance(answer, NoAnswer):
+                    failed |= {key: answer.reason for key, _ in chunk}
+                else:
+                    self._keep("decompose", {chunk[each.statement][0]: each for each in answer.questions})
+            todo = {key: text for key, text in todo.items() if key in failed}
+        self._failed |= failed
         return [
             NoAnswer(self._failed[key]) if key in self._failed else Asked.model_validate_json(kept[key])
             for key in keys
@@ -400,6 +411,19 @@ def make_tool(config: ToolConfig, folder: Path, kind_of: Callable[[str], str] | 
 
 
 # ---- what an answer must hold up against
+
+
+def _statements(merged: Merged, captions: Sequence[str]) -> list[Statement]:
+    """The statements, near-duplicates joined; what shares no word with its captions is left out."""
+    words = [_words(caption) for caption in captions]
+    texts: dict[str, str] = {}
+    stated: dict[str, set[int]] = {}
+    for each in merged.statements:
+        text = " ".join(each.text.split())
+        if _words(text) & set().union(*(words[index] for index in each.captions)):
+            texts.setdefault(normalise(text), text)
+            stated.setdefault(normalise(text), set()).update(each.captions)
+    return [Statement(text, tuple(sorted(stated[key]))) for key, text in texts.items()]
 
 
 def _grounded(captions: Sequence[str]) -> Callable[[Merged], str | None]:

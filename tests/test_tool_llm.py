@@ -155,6 +155,32 @@ def test_a_wrong_merge_is_refused(made: Any, reason: str, tmp_path: Path) -> Non
         tool.close()
 
 
+def test_what_a_merge_invents_is_left_out_and_what_it_doubles_joined(tmp_path: Path) -> None:
+    rows: list[Any] = [
+        {"text": text, "captions": [0]} for text in ("red cup", "a table", "blue  bowl", "cup")
+    ]
+    rows += [{"text": "green dragon", "captions": [0]}, {"text": "Blue bowl", "captions": [1]}]
+    with StandIn(lambda body: json.dumps({"statements": rows})) as server:
+        tool = llm(server, tmp_path)
+        assert tool.merge(CAPTIONS) == [
+            Statement("red cup", (0,)),
+            Statement("a table", (0,)),
+            Statement("blue bowl", (0, 1)),
+            Statement("cup", (0,)),
+        ]
+        tool.close()
+
+
+def test_a_statement_that_breaks_its_request_takes_few_with_it(tmp_path: Path) -> None:
+    with StandIn(lambda body: (400, b"no") if "poison" in prompt_of(body) else honest(body)) as server:
+        tool = llm(server, tmp_path, statements=16)
+        answers = tool._decomposed([f"cup {i}" for i in range(20)] + ["poison"])
+        assert [isinstance(each, NoAnswer) for each in answers] == [False] * 20 + [True]
+        tool._decomposed(["poison"])  # known to fail
+        assert len(server.requests) == 2 + 3
+        tool.close()
+
+
 @pytest.mark.parametrize("numbers", [[], [0, 0], [0, 1, 2], [1, 2]])
 def test_each_statement_has_its_question(numbers: list[int], tmp_path: Path) -> None:
     rows = [{"statement": i, "question": f"{i}?", "expected": "no", "checkable": True} for i in numbers]
@@ -226,7 +252,7 @@ def test_a_mutant_loses_no_image(seed: int, tmp_path: Path) -> None:
             except ToolFailed as error:
                 failed.append(Failed(sample="", key=key, reason=str(error)))
         assert good + len(failed) == 12 and failed and all(row.reason for row in failed)
-        assert len(server.requests) <= 3 * (12 + 6) * 2  # bounded tries, probes included
+        assert len(server.requests) <= 3 * (12 + 3 + 24) * 2  # bounded tries, probes included
         tool.close()
 
 
