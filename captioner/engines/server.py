@@ -22,7 +22,7 @@ from PIL import Image
 from captioner import views
 from captioner.config import EngineConfig, SamplingConfig, ViewsConfig, ViewsOverride
 from captioner.engines.base import CaptionRequest, QuestionBatch, YesNo
-from captioner.engines.servers import Failed, Rejected, Server, Servers, choice_of
+from captioner.engines.servers import Rejected, Server, Servers, Unanswered, choice_of
 from captioner.engines.vocabulary import Vocabulary
 from captioner.errors import EngineError
 from captioner.model import Captioner
@@ -77,7 +77,7 @@ class ServerEngine:
         self._words = Vocabulary(captioner, self.renderer)
         try:
             self._caption_text = self._text(prompt)
-        except Failed as error:
+        except Unanswered as error:
             raise EngineError(
                 f"the caption prompt cannot be sent: {error}", where=str(captioner.path)
             ) from error
@@ -129,7 +129,7 @@ class ServerEngine:
             if n > 1:  # one token first: the samples then share its prefix, and none sends the pixels again
                 await self._ask(shown, text, tail, {"max_tokens": 1, "temperature": 0.0}, lambda answer: None)
             return await _all(one(k) for k in range(n))
-        except Failed as error:
+        except Unanswered as error:
             return [_failed(request, k, seeds[k], str(error)) for k in range(n)]
 
     def _caption(self, answer: dict[str, Any]) -> tuple[list[int], list[float], str]:
@@ -143,10 +143,10 @@ class ServerEngine:
             or not ids
             or reason not in ("stop", "length")
         ):
-            raise Failed(f"a caption without its tokens (finish reason {reason})")
+            raise Unanswered(f"a caption without its tokens (finish reason {reason})")
         ended = reason == "stop"
         if ended != (ids[-1] in self._words.stops):
-            raise Failed(f"finish reason {reason}, but the last token is {ids[-1]}")
+            raise Unanswered(f"finish reason {reason}, but the last token is {ids[-1]}")
         return ids[:-1] if ended else ids, logprobs, reason
 
     # ---- questions
@@ -178,14 +178,14 @@ class ServerEngine:
                 )
                 return YesNo(yes / (yes + no), (yes + no) / (1.0 - learned))  # no soft token is ever said
             except (LookupError, TypeError, ArithmeticError) as error:
-                raise Failed("an answer without its probabilities") from error
+                raise Unanswered("an answer without its probabilities") from error
 
         async def one(question: str, check: bool = False) -> YesNo:
             extra = {"return_token_ids": True} if check else {}
             try:
                 text, tail = self._text(question), self.renderer.branch_ids(question)[0]
                 return await self._ask(shown, text, tail, settings | extra, read)
-            except Failed:
+            except Unanswered:
                 return YesNo(math.nan, 0.0)
 
         shown = await asyncio.to_thread(self._show, batch.image, batch.view)
@@ -212,7 +212,7 @@ class ServerEngine:
         return Shown(parts, names, prefix.ids)
 
     def _text(self, text: str | None) -> str:
-        """The text that the server's tokenizer makes ``branch_ids`` of; Failed where it would read markup."""
+        """The text that the server makes ``branch_ids`` of; Unanswered where it would read markup."""
         tokenizer = self.captioner.tokenizer
         if text is None:
             text = tokenizer.decode(self.renderer.caption_prompt())
@@ -220,7 +220,7 @@ class ServerEngine:
         else:
             ids = self.renderer.text_ids(text)
         if tokenizer(text, add_special_tokens=False)["input_ids"] != ids:
-            raise Failed("the text spells a token of the chat format")
+            raise Unanswered("the text spells a token of the chat format")
         return text
 
     async def _ask(
@@ -259,7 +259,7 @@ class ServerEngine:
         if count == len(ids) and theirs in (None, ids):
             return
         if not isinstance(count, int):
-            raise Failed("an answer without its usage")
+            raise Unanswered("an answer without its usage")
         raise EngineError(
             f"the server reads a prompt of {len(ids)} tokens as {count} others",
             where=", ".join(self._servers.config.urls),
@@ -286,7 +286,7 @@ def _logprobs(choice: dict[str, Any]) -> list[dict[str, Any]]:
         or not rows
         or not all(isinstance(row, dict) and isinstance(row.get("logprob"), float | int) for row in rows)
     ):
-        raise Failed("an answer without log-probabilities")
+        raise Unanswered("an answer without log-probabilities")
     return rows
 
 

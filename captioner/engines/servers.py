@@ -30,11 +30,11 @@ LONGEST_PAUSE = 10.0  # seconds between two tries or probes; it doubles from 0.2
 FATAL = (401, 402, 403, 404)  # the fault is in the settings: another try gives the same
 
 
-class Failed(Exception):
+class Unanswered(Exception):
     """A request that got no good answer in all its tries; the message is the reason."""
 
 
-class Rejected(Failed):
+class Rejected(Unanswered):
     """The server refuses the request itself (status 4xx); another try gives the same."""
 
 
@@ -128,8 +128,8 @@ class Servers:
         """The answer to a chat completion as ``read`` understands it, and the server that gave it.
 
         ``body`` makes the request for a server and the number of the try (from 0). ``read`` raises
-        :class:`Failed` for an answer that is no good, which is tried again like a server's failure.
-        Raises :class:`Failed` after the last try, EngineError where no server answers for ``wait`` seconds.
+        :class:`Unanswered` for an answer that is no good, which is tried again like a server's failure.
+        Raises :class:`Unanswered` after the last try, EngineError where none answers for ``wait`` seconds.
         """
         last: Server | None = None
         number = 0
@@ -144,7 +144,7 @@ class Servers:
                 return read(answer), server
             except Rejected:
                 raise
-            except Failed as error:
+            except Unanswered as error:
                 reason = str(error)
             except (httpx.HTTPError, TimeoutError, OSError) as error:
                 reason = f"{type(error).__name__} {error}".strip()
@@ -153,13 +153,13 @@ class Servers:
                 server.load -= 1
             number, last = number + 1, server
             if number > self.config.retries:
-                raise Failed(f"{reason} ({number} tries)")
+                raise Unanswered(f"{reason} ({number} tries)")
             await asyncio.sleep(_pause(number))
 
     async def _send(
         self, server: Server, body: dict[str, Any], seconds: float | None = None
     ) -> dict[str, Any]:
-        """One request; raises Rejected, Failed for what is no answer, httpx's errors and TimeoutError."""
+        """One request; raises Rejected, Unanswered for what is no answer, httpx's errors and TimeoutError."""
         content = json.dumps({"model": server.model, **body})
         async with asyncio.timeout(seconds or self.config.timeout):
             async with self._client.stream(
@@ -178,7 +178,7 @@ class Servers:
         if 400 <= response.status_code < 500 and response.status_code not in (408, 409, 425, 429):
             raise Rejected(f"the server answers {response.status_code}: {_excerpt(data)}")
         if response.status_code == 429:  # busy, not broken
-            raise Failed("the server answers 429, too many requests")
+            raise Unanswered("the server answers 429, too many requests")
         if response.status_code != 200:
             raise httpx.HTTPError(f"the server answers {response.status_code}: {_excerpt(data)}")
         answer = _object(data)
@@ -235,7 +235,7 @@ class Servers:
             number += 1
             try:
                 await self._look(server)
-            except (httpx.HTTPError, TimeoutError, OSError, Failed, EngineError) as error:
+            except (httpx.HTTPError, TimeoutError, OSError, Unanswered, EngineError) as error:
                 server.reason = f"{type(error).__name__} {error}".strip()
             else:
                 self._change.set()
@@ -247,7 +247,7 @@ class Servers:
             async with self._client.stream("GET", f"{server.url}/models") as response:
                 data = await _read(response)
         if response.status_code != 200:
-            raise Failed(f"the server answers {response.status_code}: {_excerpt(data)}")
+            raise Unanswered(f"the server answers {response.status_code}: {_excerpt(data)}")
         listed = _object(data).get("data")
         rows = listed if isinstance(listed, list) else []
         names = [str(row["id"]) for row in rows if isinstance(row, dict) and "id" in row]
@@ -271,7 +271,7 @@ async def _read(response: httpx.Response) -> bytes:
     async for part in response.aiter_bytes():
         data += part
         if len(data) > MAX_BYTES:
-            raise Failed(f"over-long answer: more than {MAX_BYTES:,} bytes")
+            raise Unanswered(f"over-long answer: more than {MAX_BYTES:,} bytes")
     return bytes(data)
 
 
@@ -281,7 +281,7 @@ def _object(data: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError):
         answer = None
     if not isinstance(answer, dict):
-        raise Failed("the answer is no JSON object")
+        raise Unanswered("the answer is no JSON object")
     return answer
 
 
@@ -290,8 +290,8 @@ def _excerpt(data: bytes) -> str:
 
 
 def choice_of(answer: dict[str, Any]) -> dict[str, Any]:
-    """The one choice of a chat completion; Failed where there is none."""
+    """The one choice of a chat completion; Unanswered where there is none."""
     choices = answer.get("choices")
     if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
-        raise Failed("an answer without a choice")
+        raise Unanswered("an answer without a choice")
     return choices[0]

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from captioner.config import ServerConfig
 from captioner.engines.base import NoAnswer, TextRequest
-from captioner.engines.servers import Failed, Server, Servers, choice_of
+from captioner.engines.servers import Server, Servers, Unanswered, choice_of
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 MAX_TEXT = 1 << 16  # characters of an answer that may be read as JSON
@@ -52,27 +52,27 @@ class TextEngine:
 
             try:
                 return (await self._servers.ask(body, lambda answer: _parse(answer, request, schema)))[0]
-            except Failed as error:
+            except Unanswered as error:
                 return NoAnswer(str(error))
 
         return self._servers.map(one, requests, 2 * self._servers.slots)
 
 
 def _parse(answer: dict[str, Any], request: TextRequest, schema: type[ModelT]) -> ModelT:
-    """The answer as a checked object; Failed for anything else."""
+    """The answer as a checked object; Unanswered for anything else."""
     choice = choice_of(answer)
     message = choice.get("message")
     text = message.get("content") if isinstance(message, dict) else None
     if choice.get("finish_reason") == "length":
-        raise Failed("cut answer")
+        raise Unanswered("cut answer")
     if not isinstance(text, str) or not text.strip():
-        raise Failed("empty answer")
+        raise Unanswered("empty answer")
     if len(text) > MAX_TEXT:
-        raise Failed("over-long answer")
+        raise Unanswered("over-long answer")
     try:
         made = schema.model_validate_json(text)
     except (ValidationError, RecursionError) as error:
-        raise Failed("invalid answer") from error
+        raise Unanswered("invalid answer") from error
     if request.check is not None and (reason := request.check(made)):
-        raise Failed(reason)
+        raise Unanswered(reason)
     return made
