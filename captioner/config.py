@@ -212,11 +212,47 @@ class SamplingConfig(Section):
     """Every row's seed is derived from this, its image and its sample number."""
 
 
-class EngineConfig(Section):
-    type: Literal["hf"] = "hf"
-    """`hf` = transformers on this machine."""
+class ServerConfig(Section):
+    """Servers that speak the OpenAI protocol; a key is read from the environment, OPENAI_API_KEY."""
+
+    urls: tuple[Annotated[str, Field(pattern=r"^https?://[^\s/]+")], ...] = Field(
+        ("http://127.0.0.1:8000/v1",), min_length=1
+    )
+    """Base addresses of the servers, up to and including `/v1`; the work is spread over them."""
+    model: str | None = None
+    """Model name to ask for; None = see the section's `type`."""
+    in_flight: int = Field(32, ge=1)
+    """Requests that one server works on at the same time."""
+    timeout: float = Field(300.0, gt=0)
+    """Seconds after which a request without its whole answer counts as failed and its server as stalled."""
+    retries: int = Field(3, ge=0)
+    """Further tries of a request that failed or whose answer is no good."""
+    wait: float = Field(900.0, ge=0)
+    """Seconds to wait while no server answers."""
+
+
+class EngineConfig(ServerConfig):
+    type: Literal["hf", "server", "vllm"] = "hf"
+    """`hf` = transformers in this process, `vllm` = vLLM in this process, `server` = vLLM servers at `urls`
+    (those that `captioner serve` started on the checkpoint, or that serve `model`)."""
     batch_size: int = Field(64, ge=1)
-    """Sequences per forward pass."""
+    """Sequences per forward pass of `hf`; sequences that vLLM works on at the same time."""
+    max_model_len: int | None = Field(None, ge=16)
+    """Longest sequence of vLLM, tokens; None = all views of an image and 1024 more, if the model can."""
+    vllm_python: str | None = None
+    """Interpreter with vLLM that `captioner serve` starts; None = the one that runs the command."""
+
+
+class ToolConfig(ServerConfig):
+    """The tool LLM: merges captions, asks questions, rewrites captions."""
+
+    type: Literal["rules", "server"] = "rules"
+    """`rules` = deterministic, no model; `server` = an instruction-tuned LLM at `urls` (`model`, else the
+    first that the server lists)."""
+    max_tokens: int = Field(4096, ge=16)
+    """Longest answer, tokens."""
+    statements: int = Field(40, ge=1)
+    """Statements made into questions per request."""
 
 
 class GoldenConfig(Section):
@@ -437,6 +473,7 @@ class Config(Section):
     model: ModelConfig = ModelConfig()
     views: ViewsOverride = ViewsOverride()
     engine: EngineConfig = EngineConfig()
+    tool: ToolConfig = ToolConfig()
     sft: SFTConfig = SFTConfig()
     qa: QAConfig = QAConfig()
     golden: GoldenConfig = GoldenConfig()

@@ -39,6 +39,10 @@ class RunError(UserError):
     """A run directory: a missing stage, a stale stage, another configuration."""
 
 
+class EngineError(UserError):
+    """An engine: no server answers, it serves another model, it reads a prompt differently."""
+
+
 class Refused(CaptionerError):
     """A gate refused, or more rows failed than the limit allows; exits 3."""
 

@@ -113,7 +113,7 @@ def select(candidates: Sequence[Candidate], tool: Tool, max_questions: int) -> S
     ones those that stand later). The last statement of a sample that the limit cut is half a statement and
     not read.
     """
-    statements = tool.merge([_whole_statements(candidate) for candidate in candidates])
+    statements = tool.merge([whole_statements(candidate) for candidate in candidates])
     statements = [
         Statement(each.text, tuple(candidates[index].k for index in each.candidates)) for each in statements
     ]
@@ -127,7 +127,7 @@ def select(candidates: Sequence[Candidate], tool: Tool, max_questions: int) -> S
     )
 
 
-def _whole_statements(candidate: Candidate) -> str:
+def whole_statements(candidate: Candidate) -> str:
     statements = split_statements(candidate.text)
     return ", ".join(statements if candidate.finish_reason == "stop" else statements[:-1])
 

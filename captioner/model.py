@@ -239,6 +239,32 @@ def load(
     return captioner
 
 
+def load_frontend(path: Path) -> Captioner:
+    """What makes prompts for a checkpoint and reads its answers; the weights stay on disk.
+
+    As :func:`load`, but the model is on the meta device and its soft prompt still in the vocabulary.
+    """
+    settings = _check_files(path)
+    own = settings.get("captioner", {})
+    processor = _processor(path)
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(
+            AutoConfig.from_pretrained(path, local_files_only=True)
+        )
+    if (path / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
+    return Captioner(
+        model=model,
+        processor=processor,
+        tokenizer=processor.tokenizer,
+        family=FAMILIES[settings["model_type"]],
+        path=path,
+        view_size=_view_size(processor),
+        soft_prompt_ids=list(own.get("soft_prompt_ids", [])),
+        views=ViewsConfig.model_validate(own.get("views", {})),
+    )
+
+
 def stored_dtype(path: Path) -> Literal["auto", "float32", "bfloat16", "float16", "float64"]:
     """The number format a checkpoint is stored in; ``auto`` where config.json names none of ours."""
     settings = _check_files(path)

@@ -31,12 +31,17 @@ class Candidate(Record):
     key: str
     k: int
     text: str
-    finish_reason: str  # "stop": ended with the end token; "length": cut by the limit
+    finish_reason: str  # "stop": ended with the end token; "length": cut by the limit; "error: ..."
     mean_logprob: float
     tokens: int
     seed: int
     repeats: int = 0  # statements said before in this caption, and words that only repeat those before them
     duplicate_of: int | None = None  # k of the first candidate of the image that says the same
+
+    @property
+    def error(self) -> str | None:
+        """Why there is no caption, where the engine could make none."""
+        return self.finish_reason if self.finish_reason.startswith("error: ") else None
 
 
 class Failed(Record):

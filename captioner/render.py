@@ -170,6 +170,25 @@ class Renderer:
         """:meth:`images_batch` for one image."""
         return self.images_batch([image], whole_only)[0]
 
+    def shown(
+        self, image: views.Picture, view: str = "all"
+    ) -> tuple[list[Image.Image], tuple[str, ...], Prefix]:
+        """The views of an image, their tags and their prefix, for engines that make patches themselves.
+
+        ``view`` names one view to show alone; DataError where there is none of that name.
+        """
+        plan = self.plan(*image.size)
+        if view != "all":
+            plan = [part for part in plan if part.tag == view]
+        if not plan:
+            known = ", ".join(self.tags())
+            raise DataError(
+                f"there is no view {view!r}", where="view of a question", mend=f"use one of: {known}"
+            )
+        grid = torch.tensor([[1, part.height // self.patch, part.width // self.patch] for part in plan])
+        tags = tuple(part.tag for part in plan)
+        return views.cut(image, plan), tags, self.prefix(grid, tags)
+
     # ---- token ids
 
     def tags(self, whole_only: bool = False) -> tuple[str, ...]:

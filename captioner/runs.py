@@ -530,8 +530,8 @@ def _machine() -> dict[str, Any]:
 class Progress:
     """Counts what is done; :func:`progress` makes one that shows it."""
 
-    def advance(self, n: int = 1) -> None:
-        """``n`` more are done."""
+    def advance(self, n: int = 1, tokens: int = 0) -> None:
+        """``n`` more are done; ``tokens``, where they are counted, were written for all up to now."""
 
 
 def console() -> Console:
@@ -562,9 +562,11 @@ def progress(description: str, total: int) -> Generator[Progress, None, None]:
         start, finished = time.monotonic(), 0
 
         class Shown(Progress):
-            def advance(self, n: int = 1) -> None:
+            def advance(self, n: int = 1, tokens: int = 0) -> None:
                 nonlocal finished
                 finished += n
-                bar.update(task, advance=n, rate=f"{finished / max(time.monotonic() - start, 1e-9):.1f}/s")
+                seconds = max(time.monotonic() - start, 1e-9)
+                written = f", {tokens / seconds:.0f} tokens/s" if tokens else ""
+                bar.update(task, advance=n, rate=f"{finished / seconds:.1f}/s{written}")
 
         yield Shown()

@@ -67,7 +67,7 @@ COMMANDS: dict[str, Command] = {
     "golden": Command(
         "loops.golden",
         "sample captions, measure the verifier, ask about every claim, write golden captions and pairs",
-        (*_ENGINE, "golden", "pairs"),
+        (*_ENGINE, "tool", "golden", "pairs"),
         (_CURRENT, _ROUND + "/qa", "{config.golden.images}"),
         tuple(f"{_ROUND}/{name}" for name in ("candidates", "planted", "claims", "golden", "pairs")),
     ),
@@ -81,7 +81,7 @@ COMMANDS: dict[str, Command] = {
     "iterate": Command(
         "loops.iterate",
         "whole rounds: qa, golden, dpo, evaluate, gate",
-        (*_ENGINE, "qa", "golden", "pairs", "dpo", "gate"),
+        (*_ENGINE, "qa", "tool", "golden", "pairs", "dpo", "gate"),
         (_CURRENT, "{config.qa.data}", "{config.golden.images}", "{config.gate.data}"),
         (_ROUND,),
     ),
@@ -107,10 +107,11 @@ COMMANDS: dict[str, Command] = {
         (_CURRENT,),
         ("{out}",),
     ),
+    "serve": Command("loops.serve", "start a vLLM server with the right flags for a captioner", _ENGINE),
     "data": Command(
         "loops.data",
-        "look at a data set, convert captions to other formats, filter them",
-        (),
+        "look at a data set, convert captions to other formats, filter or reformulate them",
+        ("tool",),
         ("{folder}", "{images}"),
         ("{out}",),
     ),

@@ -1,6 +1,7 @@
-"""captioner data stats SOURCE | convert CAPTIONS --to FORMAT --out OUTPUT | filter CAPTIONS --out OUTPUT.
+"""captioner data stats SOURCE | convert CAPTIONS | filter CAPTIONS | reformulate FOLDER, all --out OUTPUT.
 
-CAPTIONS is what ``captioner caption --out`` wrote; ``stats`` takes that or any data set that can be
+``reformulate`` makes the set for SFT: prose captions of an image folder become dense shorthand, by the tool
+LLM. CAPTIONS is what ``captioner caption --out`` wrote; ``stats`` takes that or any data set that can be
 captioned. docs/formats.md names what is read and written.
 """
 
@@ -34,7 +35,7 @@ LAYOUTS = ("imagefolder", "kohya", "simpletuner", "webdataset", "parquet", "hf")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("action", choices=("stats", "convert", "filter"), help="what to do")
+    parser.add_argument("action", choices=("stats", "convert", "filter", "reformulate"), help="what to do")
     parser.add_argument(
         "folder", metavar="SOURCE", help="output of `captioner caption`; of stats also a data set of images"
     )
@@ -73,6 +74,8 @@ def run(config: Config, args: argparse.Namespace) -> int:
     if args.out.exists():
         mend = "name a new --out, or remove it first"
         raise ConfigError("the output exists already", where=str(args.out), mend=mend)
+    if args.action == "reformulate":
+        return _reformulate(config, args)
     if args.action == "filter":
         print(_filter(Path(args.folder), args.out, args.ended, args.max_repeats))
         return 0
@@ -85,6 +88,26 @@ def run(config: Config, args: argparse.Namespace) -> int:
         raise Refused(
             f"{skipped.total():,} captions were not written, more than max_failed = {config.max_failed:.1%}",
             where=str(args.out),
+            mend="the others are written: see the reasons, or allow more with --max-failed",
+        )
+    return 0
+
+
+def _reformulate(config: Config, args: argparse.Namespace) -> int:
+    """An image folder with prose captions -> one with shorthand, for SFT."""
+    from captioner.formats.reformulate import reformulate
+    from captioner.tool import make_tool
+
+    tool = make_tool(config.tool, args.run_dir / "tool")
+    try:
+        count, failed = reformulate(Path(args.folder), args.out, tool)
+    finally:
+        tool.close()
+    print(f"{count:,} captions reformulated, {len(failed):,} failed: {args.out}")
+    if len(failed) > config.max_failed * (count + len(failed)):
+        raise Refused(
+            f"{len(failed):,} captions failed, more than max_failed = {config.max_failed:.1%}",
+            where=str(args.out / "failed"),
             mend="the others are written: see the reasons, or allow more with --max-failed",
         )
     return 0

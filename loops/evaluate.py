@@ -20,7 +20,7 @@ from rich.table import Table
 
 from captioner import metrics, prompts
 from captioner.config import Config, SamplingConfig
-from captioner.engines import CaptionRequest
+from captioner.engines import CaptionRequest, make_engine
 from captioner.errors import CheckpointError, ConfigError, DataError, Refused, RunError
 from captioner.formats import resolve
 from captioner.formats.folder import ImageRow, read_folder
@@ -264,15 +264,11 @@ def _fill(
     name: str,
 ) -> None:
     """Write every missing shard."""
-    from captioner import model
-    from captioner.engines.hf import HFEngine
-
     starts = [s for s in range(0, len(images), SHARD_ROWS) if not shards.has(s // SHARD_ROWS)]
     if not starts:
         return
-    captioner = model.load(config.model.model_copy(update={"path": str(entry.checkpoint)}))
     prompt = prompts.load("describe") if entry.prose else None
-    engine = HFEngine(captioner, config.views, config.engine, prompt=prompt)
+    engine = make_engine(entry.checkpoint, config, prompt)
     greedy = SamplingConfig(temperature=0.0, max_tokens=config.evaluate.max_tokens)
     try:
         with progress(f"captions by {entry.name}", len(starts) * SHARD_ROWS) as bar:
@@ -282,16 +278,17 @@ def _fill(
                 rows = []
                 for row in reader.images:
                     made = said.get(row.key)
+                    error = reader.errors.get(row.key) or (made.error if made else None)
                     rows.append(
                         CaptionRow(
                             id=made.sample if made else "",
                             key=row.key,
-                            caption=made.text if made else None,
+                            caption=made.text if made and not error else None,
                             finish_reason=made.finish_reason if made else None,
                             tokens=made.tokens if made else None,
                             model=model_hash,
                             config=name,
-                            error=reader.errors.get(row.key),
+                            error=error,
                         )
                     )
                 shards.write(start // SHARD_ROWS, rows)

@@ -22,13 +22,14 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from captioner import golden, pairs, planted, prompts, qa, scenes
 from captioner.config import Config
+from captioner.engines import make_engine
 from captioner.errors import ConfigError, Refused, RunError
 from captioner.formats import SCENES, parse_scenes, questions, resolve
 from captioner.formats.folder import ImageRow, read_folder
 from captioner.golden import Thresholds
 from captioner.records import Candidate, Claim, Failed, Golden, Pair, Planted, RecordT, Unasked
 from captioner.runs import Run, Shards, Stage, atomic_write_json, hash_path, progress, remove_dir, row_seed
-from captioner.tool import Rules, Statement, Tool
+from captioner.tool import Rules, Statement, Tool, ToolFailed, make_tool
 from captioner.views import BadImage, View, load_image
 
 if TYPE_CHECKING:
@@ -141,10 +142,14 @@ def make_golden(run: Run, plan: Plan, config: Config, *, redo: bool, rethreshold
         )
     folder = resolve(plan.source, run)
     images = read_folder(folder, captions=False)
-    tool = Rules(kind_of=scenes.kind_of if plan.source.startswith(SCENES) else None)
+    kind_of = scenes.kind_of if plan.source.startswith(SCENES) else None
     _candidates(run, plan, config, folder, images, redo)
     thresholds = trusted(run, plan, config, _planted(run, plan, config, folder, images))
-    _claims(run, plan, config, images, tool, thresholds)
+    tool = make_tool(config.tool, run.path / "tool", kind_of)
+    try:
+        _claims(run, plan, config, images, tool, thresholds)
+    finally:
+        tool.close()
     ledger = Shards(home / "claims", Claim)
     if rethreshold or not (home / "golden" / "stage.json").is_file():
         apply_thresholds(ledger, thresholds)
@@ -188,7 +193,11 @@ def _candidates(
 
         rows: list[Candidate] = []
         for sampled in engine.sample(requests(), settings.samples, sampling):
-            rows += golden.mark(sampled)
+            error = next((each.error for each in sampled if each.error), None)
+            if error:  # of an image with fewer samples than the others no votes can be counted
+                failed.append(Failed(sample=sampled[0].sample, key=sampled[0].key, reason=error))
+            else:
+                rows += golden.mark(sampled)
             advance()
         return rows, failed
 
@@ -319,7 +328,7 @@ def _claims(
         "views": config.views,
         "dtype": config.model.dtype,
         "prompts": [prompts.prompt_hash(wording) for wording in qa.WORDINGS],
-        "tool": type(tool).__name__,
+        "tool": _made_with(config),
     }
     inputs = {
         "verifier": plan.verifier,
@@ -331,7 +340,7 @@ def _claims(
         return
     output = Output(stage.dir, Claim)
     candidates = by_key(Shards(home / "candidates", Candidate).read_all())
-    selections = {key: golden.select(rows, tool, settings.max_questions) for key, rows in candidates.items()}
+    selections, unread = _selections(candidates, tool, settings.max_questions)
     calibration = qa.Calibration.read(inputs["calibration"])
     reask = calibration.reask if settings.reask is None else settings.reask
     square = golden.square_plan(plan.verifier, config.views) if "view" in reask else []
@@ -340,7 +349,8 @@ def _claims(
     def work(
         engine: Engine, part: list[ImageRow], advance: Callable[[], None]
     ) -> tuple[list[Claim], list[Failed]]:
-        failed: list[Failed] = []
+        failed = [unread[row.key] for row in part if row.key in unread]
+        part = [row for row in part if row.key not in unread]
         asked = asker.ask(engine, part, candidates, selections, failed, advance)
         rows = [claim for claims in asker.ask_again(engine, part, asked, failed) for claim in claims]
         return golden.judge(rows, thresholds), failed
@@ -372,6 +382,32 @@ def _claims(
     }
     mass = sum(row.label_mass for row in rows) / len(rows) if rows else None
     _finish(stage, run, counts, len(images), {"mean_label_mass": mass})
+
+
+def _made_with(config: Config) -> str | dict[str, Any]:
+    """What the tool's answers depend on."""
+    if config.tool.type == "rules":
+        return "Rules"
+    hashes = {name: prompts.prompt_hash(name) for name in ("merge", "decompose")}
+    return {"type": config.tool.type, "model": config.tool.model, "prompts": hashes}
+
+
+def _selections(
+    candidates: Mapping[str, list[Candidate]], tool: Tool, max_questions: int
+) -> tuple[dict[str, golden.Selection], dict[str, Failed]]:
+    """What is asked about each image, and the images that the tool has no good answer for."""
+    tool.prepare([[golden.whole_statements(each) for each in rows] for rows in candidates.values()])
+    selections: dict[str, golden.Selection] = {}
+    unread: dict[str, Failed] = {}
+    for key, rows in candidates.items():
+        try:
+            selection = golden.select(rows, tool, max_questions)
+            for each in selection.asked:
+                tool.decompose(each.text)
+            selections[key] = selection
+        except ToolFailed as error:
+            unread[key] = Failed(sample=rows[0].sample, key=key, reason=f"tool: {error}")
+    return selections, unread
 
 
 @dataclass(frozen=True)
@@ -505,11 +541,7 @@ def _fill(
 @contextmanager
 def _engine(checkpoint: Path, config: Config) -> Iterator[Engine]:
     """The one model in memory: captioner and verifier are never loaded together."""
-    from captioner import model
-    from captioner.engines.hf import HFEngine
-
-    loaded = model.load(config.model.model_copy(update={"path": str(checkpoint)}))
-    engine = HFEngine(loaded, config.views, config.engine)
+    engine = make_engine(checkpoint, config)
     try:
         yield engine
     finally:

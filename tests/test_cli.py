@@ -19,6 +19,7 @@ NEEDED = {  # words without which a command does not start
     "data": ["stats", "images"],
     "export": ["--out", "exported"],
     "scenes": ["--out", "drawn"],
+    "serve": ["scenes-base"],
     "study": ["all"],
 }
 HEAVY = ("torch", "transformers", "adapters", "trl", "peft", "datasets", "vllm", "ray")

@@ -1,17 +1,44 @@
-"""Engines: what every one of them does (:mod:`captioner.engines.base`), and which one a config names."""
+"""Engines: what runs a captioner (`hf`, `vllm`, `server`) and what a tool LLM answers through (`text`).
+
+The same request gives the same prompt ids on every engine. Heavy libraries are imported when one is made.
+"""
+
+from __future__ import annotations
 
 from pathlib import Path
 
 from captioner.config import Config
-from captioner.engines.base import CaptionRequest, Engine, QuestionBatch, YesNo
+from captioner.engines.base import CaptionRequest, Engine, NoAnswer, QuestionBatch, TextRequest, YesNo
 
-__all__ = ["CaptionRequest", "Engine", "QuestionBatch", "YesNo", "make_engine"]
+__all__ = [
+    "CaptionRequest",
+    "Engine",
+    "NoAnswer",
+    "QuestionBatch",
+    "TextRequest",
+    "YesNo",
+    "make_engine",
+]
 
 
 def make_engine(checkpoint: Path, config: Config, prompt: str | None = None) -> Engine:
-    """The engine that ``config.engine.type`` names, with the captioner of ``checkpoint``."""
-    from captioner import model  # imports torch
-    from captioner.engines.hf import HFEngine
+    """The engine that ``config.engine.type`` names, on a checkpoint directory.
 
-    loaded = model.load(config.model.model_copy(update={"path": str(checkpoint)}))
-    return HFEngine(loaded, config.views, config.engine, prompt)
+    ``prompt`` is asked for captions in place of the captioner's own (see ``Renderer.branch_ids``). Raises
+    CheckpointError for a checkpoint that cannot be read.
+    """
+    from captioner import model  # imports torch, which --help has no time for
+
+    if config.engine.type == "hf":
+        from captioner.engines.hf import HFEngine
+
+        captioner = model.load(config.model.model_copy(update={"path": str(checkpoint)}))
+        return HFEngine(captioner, config.views, config.engine, prompt=prompt)
+    captioner = model.load_frontend(checkpoint)
+    if config.engine.type == "server":
+        from captioner.engines.server import ServerEngine
+
+        return ServerEngine(captioner, config.views, config.engine, prompt=prompt)
+    from captioner.engines.vllm import VLLMEngine
+
+    return VLLMEngine(captioner, config.views, config.engine, config.model.dtype, prompt=prompt)

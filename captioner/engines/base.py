@@ -5,10 +5,10 @@ The same request gives the same prompt ids on every engine; answers come in requ
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from captioner.config import SamplingConfig
 from captioner.records import Candidate
@@ -42,6 +42,22 @@ class YesNo:
 
     p_yes: float
     label_mass: float
+
+
+@dataclass(frozen=True)
+class TextRequest:
+    """A request for a JSON answer, without images."""
+
+    text: str
+    max_tokens: int
+    check: Callable[[Any], str | None] | None = None  # why a well-formed answer is no good; None: it is
+
+
+@dataclass(frozen=True)
+class NoAnswer:
+    """In place of an answer where none was good in all tries."""
+
+    reason: str
 
 
 class Engine(Protocol):

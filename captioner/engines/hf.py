@@ -22,14 +22,14 @@ from transformers.cache_utils import DynamicLayer
 from captioner import views
 from captioner.config import EngineConfig, SamplingConfig, ViewsConfig, ViewsOverride
 from captioner.engines.base import CaptionRequest, QuestionBatch, YesNo
-from captioner.errors import CheckpointError, DataError
+from captioner.engines.vocabulary import Vocabulary
+from captioner.errors import DataError
 from captioner.model import Captioner
 from captioner.records import Candidate
 from captioner.render import Renderer
 from captioner.runs import row_seed
 
 T = TypeVar("T")
-YES_NO = (("yes", "Yes"), ("no", "No"))  # the words whose first tokens count as the answer
 COMPACT_BELOW = 0.75  # share of unfinished rows below which the finished ones leave the cache
 IMAGES_PER_PREFIX_BATCH = 8  # images encoded together before their questions are asked
 
@@ -113,21 +113,11 @@ class HFEngine:
         self.captioner, self.batch_size, self.prompt = captioner, config.batch_size, prompt
         self.renderer = Renderer(captioner, views)
         self.model: Any = captioner.model.eval()
-        tokenizer = captioner.tokenizer
         width = self.model.get_output_embeddings().weight.shape[0]
-        self._stops = _stop_ids(captioner, self.renderer.end_id)
-        # Never said: markup, image slots, soft prompt tokens and rows of the head that no token belongs to.
-        never = {*tokenizer.all_special_ids, *captioner.soft_prompt_ids, *range(len(tokenizer), width)}
-        never -= self._stops
-        bias = [-torch.inf if i in never else 0.0 for i in range(width)]
+        words = Vocabulary(captioner, self.renderer)
+        self._stops, self._yes, self._no = words.stops, words.yes, words.no
+        bias = [-torch.inf if i in words.never else 0.0 for i in range(width)]
         self._bias = torch.tensor(bias, device=captioner.device, dtype=_wide_type(captioner.model.dtype))
-        self._yes, self._no = (sorted({self.renderer.text_ids(w)[0] for w in words}) for words in YES_NO)
-        if set(self._yes) & set(self._no):
-            raise CheckpointError(
-                "yes and no begin with the same token",
-                where=str(captioner.path),
-                mend="use a tokenizer that has the words yes and no",
-            )
 
     def close(self) -> None:
         """Drop the model."""
@@ -319,13 +309,6 @@ def _uniforms(seeds: Sequence[int], sampling: SamplingConfig, device: torch.devi
         return torch.zeros(len(seeds), sampling.max_tokens, device=device)
     rows = [torch.rand(sampling.max_tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     return torch.stack(rows).to(device)
-
-
-def _stop_ids(captioner: Captioner, end_id: int) -> set[int]:
-    """The end of the turn and every end token that the checkpoint names."""
-    config: Any = captioner.model.generation_config
-    named = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    return {end_id, *(i for i in [*named, captioner.tokenizer.eos_token_id] if i is not None)}
 
 
 def _one_view(part: tuple[Tensor, Tensor], tags: Sequence[str], view: str) -> Shown:

