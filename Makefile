@@ -20,7 +20,7 @@ demo: $(READY)
 	$(BIN)/captioner demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -q -n auto --maxprocesses 8
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadgroup
 
 lint: $(READY)
 	$(BIN)/ruff check .

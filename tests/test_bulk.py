@@ -278,7 +278,6 @@ def test_a_shard_that_cannot_be_read_is_named_and_not_skipped(
 
 def test_a_cluster_of_two_nodes_writes_the_same_rows(tmp_path: Path, checkpoint: Path) -> None:
     """A worker of the cluster is killed on the way; then a job begun there is ended here."""
-    pytest.importorskip("ray")
     source = write_tars(tmp_path / "tars", shards=8)
     flags = [*SAMPLED, "--max-failed", "1"]
     assert cli.main(words(source, tmp_path / "whole", checkpoint, *flags)) == 0

