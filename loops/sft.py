@@ -74,7 +74,9 @@ def run(config: Config, args: argparse.Namespace) -> int:
         print("sft: sequential adapters are no part of a stock checkpoint: there is no sft/captioner")
     else:
         card = {"Training": {"base": inputs["model"].name, "sft": sft.model_dump(mode="json")}}
-        fuse.export(captioner, stage.dir / "captioner", adapter, card | {"Metrics": metrics})
+        # the same training gives the same files, however long it took
+        card["Metrics"] = {name: value for name, value in metrics.items() if name != "seconds"}
+        fuse.export(captioner, stage.dir / "captioner", adapter, card)
     shutil.rmtree(stage.dir / "checkpoints")
     stage.finish(counts, metrics)
     losses = "".join(

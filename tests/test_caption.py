@@ -375,7 +375,7 @@ def test_outputs_and_inputs_that_will_not_do(
 ) -> None:
     (tmp_path / "empty").mkdir()
     cases = {
-        "no such folder": (tmp_path / "nowhere", tmp_path / "out", checkpoint),
+        "no such file or folder": (tmp_path / "nowhere", tmp_path / "out", checkpoint),
         "no images in this folder": (tmp_path / "empty", tmp_path / "out", checkpoint),
         "the output holds something else": (images, images, checkpoint),
         "no such checkpoint directory": (images, tmp_path / "out", tmp_path / "nowhere"),

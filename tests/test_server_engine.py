@@ -16,8 +16,8 @@ from captioner.config import EngineConfig, SamplingConfig, ViewsOverride
 from captioner.engines import CaptionRequest, QuestionBatch
 from captioner.engines.server import ServerEngine, served_name
 from captioner.errors import CheckpointError, DataError, EngineError
-from captioner.formats.folder import ImageRow
-from loops.caption import caption_images
+from captioner.formats.folder import read_captions
+from loops import cli
 from tests.http_stand_in import HANG, Reply, StandIn
 from tests.tiny import tiny_checkpoint
 
@@ -118,13 +118,15 @@ def test_one_image_that_breaks_the_server_is_one_failed_row(checkpoint: Path, re
 def test_a_failed_caption_is_a_row_with_its_reason(checkpoint: Path, tmp_path: Path) -> None:
     play = Play(checkpoint)
     play.poisoned(1, (400, b"too long"))
-    images = []
+    (tmp_path / "in").mkdir()
     for i in range(3):
-        image(i).save(tmp_path / f"k{i}.png")
-        images.append(ImageRow(f"k{i}", tmp_path / f"k{i}.png"))
-    rows = caption_images(images, play.engine, GREEDY, "model", "config")
+        image(i).save(tmp_path / "in" / f"k{i}.png")
+    words = ["caption", str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--checkpoint", str(checkpoint)]
+    words += ["--engine.type", "server", "--engine.urls", play.stand_in.url, "--max-failed", "1"]
+    assert cli.main([*words, "--engine.retries", "1", "--caption.sampling.max_tokens", "8"]) == 0
+    rows = list(read_captions(tmp_path / "out"))
     assert [row.caption for row in rows] == ["red", None, "red"]
-    assert rows[1].error == "error: the server answers 400: too long"
+    assert rows[1].error == "the server answers 400: too long"
     play.engine.close()
 
 
