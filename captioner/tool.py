@@ -37,6 +37,7 @@ _SPLIT = re.compile(
 )
 _BULLET = re.compile(r"^[ \t]*(?:[-*•]|\d+[.)])[ \t]+", re.MULTILINE)
 _QUOTED_OR_ARTICLE = re.compile(rf"(?P<quoted>{_QUOTED})|^(?:[aA]n?|[tT]he)\s+(?=\w)|\b(?:an?|the)\s+(?=\w)")
+KINSHIP = 2
 _EDGES = " \t\r\n.,;:!?-–—"
 
 _LEAD_IN = re.compile(
@@ -176,9 +177,8 @@ class Rules:
     def merge(self, captions: Sequence[str]) -> list[Statement]:
         """The union of the captions' statements without near-duplicates, in their natural order.
 
-        Each statement stands right after the one it follows in the caption that brings it; the longest
-        caption comes first and gives the frame. So what belongs together stays together, which it does not
-        when all are sorted by their median relative position.
+        The order is the one that contradicts the fewest captions, and what shares words stands together. So
+        what belongs together stays together, which it does not when all are sorted by their median position.
         """
         wordings: dict[str, Counter[str]] = {}
         stated: dict[str, set[int]] = {}
@@ -500,10 +500,26 @@ def _words(text: str) -> set[str]:
 
 
 def _interleave(sequences: Sequence[Sequence[str]]) -> list[str]:
+    """One order of all statements: those of most sequences first, each goes where it contradicts fewest.
+
+    A place costs every sequence that says the statement on the other side of one already placed (greedy
+    insertion of a Kemeny consensus); a neighbour with a word in common counts as KINSHIP sequences.
+    """
+    count = Counter(key for sequence in sequences for key in sequence)
+    before: Counter[tuple[str, str]] = Counter()
+    follows: Counter[tuple[str, str]] = Counter()
+    for sequence in sequences:
+        for at, key in enumerate(sequence):
+            before.update((key, later) for later in sequence[at + 1 :])
+            follows.update((earlier, key) for earlier in sequence[max(at - 1, 0) : at])
     merged: list[str] = []
-    for sequence in sorted(sequences, key=len, reverse=True):
-        for position, key in enumerate(sequence):
-            if key not in merged:
-                after = merged.index(sequence[position - 1]) + 1 if position else 0
-                merged.insert(after, key)
+    for key in sorted(count, key=count.__getitem__, reverse=True):  # stable: first seen, first placed
+        words = set(key.split())
+        kin = [KINSHIP * len(words & set(other.split())) for other in merged]
+        agreement = sum(before[key, other] - before[other, key] for other in merged)
+        places = [(agreement + sum(kin[:1]), 0, 0)]
+        for at, other in enumerate(merged):
+            agreement += 2 * (before[other, key] - before[key, other])
+            places.append((agreement + sum(kin[at : at + 2]), follows[other, key], -at - 1))
+        merged.insert(-max(places)[2], key)
     return merged

@@ -100,10 +100,15 @@ def test_merge_keeps_what_belongs_together_together() -> None:
         "north circle, north green, west ring, west small, west gray, south star, south blue",
         "south star, south large",
     ]
-    assert [each.text for each in Rules().merge(samples)] == [
-        "north circle", "north red", "north green", "west ring", "west small", "west gray",
-        "south star", "south large", "south blue",
-    ]  # fmt: skip
+    merged = [each.text for each in Rules().merge(samples)]
+    assert [text.split()[0] for text in merged] == ["north"] * 3 + ["west"] * 3 + ["south"] * 3
+    assert [merged[0], merged[3], merged[6]] == ["north circle", "west ring", "south star"]
+
+
+def test_merge_follows_the_order_of_most_captions() -> None:
+    samples = ["dog, tree, red cup", "dog, tree, red cup", "red cup, tree, dog"]
+    assert [each.text for each in Rules().merge(samples)] == ["dog", "tree", "red cup"]
+    assert [each.text for each in Rules().merge(samples[2:])] == ["red cup", "tree", "dog"]
 
 
 @given(st.lists(st.lists(PLAIN, max_size=8), max_size=5))
