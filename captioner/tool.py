@@ -16,6 +16,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, TypeVar
 
@@ -37,7 +38,7 @@ _SPLIT = re.compile(
 )
 _BULLET = re.compile(r"^[ \t]*(?:[-*•]|\d+[.)])[ \t]+", re.MULTILINE)
 _QUOTED_OR_ARTICLE = re.compile(rf"(?P<quoted>{_QUOTED})|^(?:[aA]n?|[tT]he)\s+(?=\w)|\b(?:an?|the)\s+(?=\w)")
-KINSHIP = 2
+KINSHIP = 4
 _EDGES = " \t\r\n.,;:!?-–—"
 
 _LEAD_IN = re.compile(
@@ -499,11 +500,15 @@ def _words(text: str) -> set[str]:
     return {word.rstrip("s") or word for word in re.findall(r"\w+", normalise(text))}
 
 
+def _kinship(one: str, other: str) -> int:
+    return KINSHIP * len(set(one.split()) & set(other.split()))
+
+
 def _interleave(sequences: Sequence[Sequence[str]]) -> list[str]:
     """One order of all statements: those of most sequences first, each goes where it contradicts fewest.
 
     A place costs every sequence that says the statement on the other side of one already placed (greedy
-    insertion of a Kemeny consensus); a neighbour with a word in common counts as KINSHIP sequences.
+    insertion of a Kemeny consensus); a word in common with a neighbour counts as KINSHIP sequences.
     """
     count = Counter(key for sequence in sequences for key in sequence)
     before: Counter[tuple[str, str]] = Counter()
@@ -514,12 +519,13 @@ def _interleave(sequences: Sequence[Sequence[str]]) -> list[str]:
             follows.update((earlier, key) for earlier in sequence[max(at - 1, 0) : at])
     merged: list[str] = []
     for key in sorted(count, key=count.__getitem__, reverse=True):  # stable: first seen, first placed
-        words = set(key.split())
-        kin = [KINSHIP * len(words & set(other.split())) for other in merged]
+        kin = [_kinship(key, other) for other in merged]
+        parted = [0, *(_kinship(one, other) for one, other in pairwise(merged)), 0]
         agreement = sum(before[key, other] - before[other, key] for other in merged)
         places = [(agreement + sum(kin[:1]), 0, 0)]
         for at, other in enumerate(merged):
             agreement += 2 * (before[other, key] - before[key, other])
-            places.append((agreement + sum(kin[at : at + 2]), follows[other, key], -at - 1))
+            near = sum(kin[at : at + 2]) - parted[at + 1]
+            places.append((agreement + near, follows[other, key], -at - 1))
         merged.insert(-max(places)[2], key)
     return merged
