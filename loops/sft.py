@@ -73,7 +73,9 @@ def run(config: Config, args: argparse.Namespace) -> int:
     if sft.tuning.type == "adapters" and sft.tuning.placement == "sequential":
         print("sft: sequential adapters are no part of a stock checkpoint: there is no sft/captioner")
     else:
-        card: dict[str, Any] = {"Training": {"base": inputs["model"].name, "sft": sft.model_dump(mode="json")}}
+        card: dict[str, Any] = {
+            "Training": {"base": inputs["model"].name, "sft": sft.model_dump(mode="json")}
+        }
         # the same training gives the same files, however long it took
         card["Metrics"] = {name: value for name, value in metrics.items() if name != "seconds"}
         fuse.export(captioner, stage.dir / "captioner", adapter, card)
