@@ -14,7 +14,7 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -243,6 +243,7 @@ class Reformulated(_Answer):
     caption: str = Field(min_length=1, max_length=4000)
 
 
+T = TypeVar("T")
 AnswerT = TypeVar("AnswerT", bound=_Answer)
 # what is kept of each prompt's answers: of questions one by one
 KEPT: dict[str, type[_Answer]] = {"merge": Merged, "decompose": Asked, "reformulate": Reformulated}
@@ -331,8 +332,7 @@ class LLM(Rules):
         """
         kept = self._load("decompose")
         keys = [self._key("decompose", Decomposed, statement) for statement in statements]
-        todo = {key: text for key, text in zip(keys, statements, strict=True)
-                if key not in kept and key not in self._failed}  # fmt: skip
+        todo = self._unanswered(kept, keys, statements)
         for size in (self.config.statements, max(1, self.config.statements // 8)):
             failed: dict[str, str] = {}
             left = list(todo.items())
@@ -348,10 +348,7 @@ class LLM(Rules):
                     self._keep("decompose", {chunk[each.statement][0]: each for each in answer.questions})
             todo = {key: text for key, text in todo.items() if key in failed}
         self._failed |= failed
-        return [
-            NoAnswer(self._failed[key]) if key in self._failed else Asked.model_validate_json(kept[key])
-            for key in keys
-        ]
+        return self._told(kept, keys, Asked)
 
     def _answers(
         self, name: str, schema: type[AnswerT], requests: Sequence[_Request]
@@ -359,13 +356,22 @@ class LLM(Rules):
         """The answer to each request: kept, already failed, or asked for now."""
         kept = self._load(name)
         keys = [self._key(name, schema, request.content) for request in requests]
-        todo = {key: request for key, request in zip(keys, requests, strict=True)
-                if key not in kept and key not in self._failed}  # fmt: skip
+        todo = self._unanswered(kept, keys, requests)
         for key, answer in zip(todo, self._ask(name, schema, list(todo.values())), strict=True):
             if isinstance(answer, NoAnswer):
                 self._failed[key] = answer.reason
             else:
                 self._keep(name, {key: answer})
+        return self._told(kept, keys, schema)
+
+    def _unanswered(self, kept: Mapping[str, str], keys: Sequence[str], asked: Sequence[T]) -> dict[str, T]:
+        """What is neither kept nor failed, once each."""
+        pairs = zip(keys, asked, strict=True)
+        return {key: each for key, each in pairs if key not in kept and key not in self._failed}
+
+    def _told(
+        self, kept: Mapping[str, str], keys: Sequence[str], schema: type[AnswerT]
+    ) -> list[AnswerT | NoAnswer]:
         return [
             NoAnswer(self._failed[key]) if key in self._failed else schema.model_validate_json(kept[key])
             for key in keys

@@ -57,7 +57,7 @@ def same(ours: list[Candidate], theirs: list[Candidate]) -> None:
 
 def test_greedy_equals_generate(captioner: Captioner) -> None:
     ours = engine(captioner)
-    never = [i for i in captioner.tokenizer.all_special_ids if i not in ours._stops]
+    never = [i for i in captioner.tokenizer.all_special_ids if i not in ours._words.stops]
     sampling = SamplingConfig(temperature=0, max_tokens=20)
     for request, [candidate] in zip(requests(), ours.sample(requests(), 1, sampling), strict=True):
         prompt = ours.renderer.prompt(request.image)

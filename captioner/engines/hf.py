@@ -114,9 +114,8 @@ class HFEngine:
         self.renderer = Renderer(captioner, views)
         self.model: Any = captioner.model.eval()
         width = self.model.get_output_embeddings().weight.shape[0]
-        words = Vocabulary(captioner, self.renderer)
-        self._stops, self._yes, self._no = words.stops, words.yes, words.no
-        bias = [-torch.inf if i in words.never else 0.0 for i in range(width)]
+        self._words = Vocabulary(captioner, self.renderer)
+        bias = [-torch.inf if i in self._words.never else 0.0 for i in range(width)]
         self._bias = torch.tensor(bias, device=captioner.device, dtype=_wide_type(captioner.model.dtype))
 
     def close(self) -> None:
@@ -145,26 +144,10 @@ class HFEngine:
                 index = torch.tensor([i for i, _, _ in chunk], device=self.captioner.device)
                 captions += self._decode(prefill, index, [seed for _, _, seed in chunk], sampling)
             candidates = [
-                self._candidate(*group[i][:2], k, seed, tokens, logprobs)
+                self._words.candidate(group[i][1], group[i][0], k, seed, tokens, logprobs)
                 for (i, k, seed), (tokens, logprobs) in zip(tasks, captions, strict=True)
             ]
             yield from (candidates[at : at + n] for at in range(0, len(candidates), n))
-
-    def _candidate(
-        self, key: str, sample_id: str, k: int, seed: int, tokens: list[int], logprobs: list[float]
-    ) -> Candidate:
-        ended = tokens[-1] in self._stops
-        text = self.captioner.tokenizer.decode(tokens[:-1] if ended else tokens, skip_special_tokens=True)
-        return Candidate(
-            sample=sample_id,
-            key=key,
-            k=k,
-            text=text.strip(),
-            finish_reason="stop" if ended else "length",
-            mean_logprob=sum(logprobs) / len(logprobs),
-            tokens=len(tokens),
-            seed=seed,
-        )
 
     def _decode(
         self, prefill: Prefill, index: Tensor, seeds: Sequence[int], sampling: SamplingConfig
@@ -177,7 +160,7 @@ class HFEngine:
         cache, mask, position = prefill.rows(index, sampling.max_tokens)
         hidden = prefill.last_hidden[index]
         uniforms = _uniforms(seeds, sampling, index.device)
-        stops = torch.tensor(sorted(self._stops), device=index.device)
+        stops = torch.tensor(sorted(self._words.stops), device=index.device)
         one = mask.new_ones(1, 1)
         alive = torch.arange(len(seeds), device=index.device)  # the result each row of the cache belongs to
         open_ = torch.ones_like(alive, dtype=torch.bool)  # rows of the cache that have not ended
@@ -231,7 +214,7 @@ class HFEngine:
             positions = position[:, None] + torch.arange(tokens.shape[1], device=device)
             hidden = self._step(tokens, torch.cat([mask, real], dim=1), positions, cache)
             scores = self.model.lm_head(_at(hidden, real.sum(1) - 1)).to(self._bias.dtype)  # [B, W]
-            yes, no = scores[:, self._yes].logsumexp(1), scores[:, self._no].logsumexp(1)
+            yes, no = scores[:, self._words.yes].logsumexp(1), scores[:, self._words.no].logsumexp(1)
             p = torch.sigmoid(yes - no).tolist()
             mass = (torch.logaddexp(yes, no) - scores.logsumexp(1)).exp().tolist()
             for q, p_yes, label_mass in zip(chunk, p, mass, strict=True):

@@ -110,17 +110,8 @@ class ServerEngine:
                 "stop_token_ids": sorted(self._words.stops),
                 "return_token_ids": True,
             }
-            said, logprobs, reason = await self._ask(shown, text, tail, settings, self._caption)
-            return Candidate(
-                sample=request.sample_id,
-                key=request.key,
-                k=k,
-                text=self.captioner.tokenizer.decode(said, skip_special_tokens=True).strip(),
-                finish_reason=reason,
-                mean_logprob=sum(logprobs) / len(logprobs),
-                tokens=len(logprobs),
-                seed=seeds[k],
-            )
+            ids, logprobs = await self._ask(shown, text, tail, settings, self._caption)
+            return self._words.candidate(request.sample_id, request.key, k, seeds[k], ids, logprobs)
 
         try:
             shown = await asyncio.to_thread(self._show, request.image, "all")
@@ -130,8 +121,8 @@ class ServerEngine:
         except Unanswered as error:
             return [_failed(request, k, seeds[k], str(error)) for k in range(n)]
 
-    def _caption(self, answer: dict[str, Any]) -> tuple[list[int], list[float], str]:
-        """Token ids without the end token, log-probabilities with it, and why it ended."""
+    def _caption(self, answer: dict[str, Any]) -> tuple[list[int], list[float]]:
+        """Token ids, the end token included, and their log-probabilities."""
         choice = choice_of(answer)
         ids, reason = choice.get("token_ids"), choice.get("finish_reason")
         logprobs = [row["logprob"] for row in _logprobs(choice)]
@@ -142,10 +133,9 @@ class ServerEngine:
             or reason not in ("stop", "length")
         ):
             raise Unanswered(f"a caption without its tokens (finish reason {reason})")
-        ended = reason == "stop"
-        if ended != (ids[-1] in self._words.stops):
+        if (reason == "stop") != (ids[-1] in self._words.stops):
             raise Unanswered(f"finish reason {reason}, but the last token is {ids[-1]}")
-        return ids[:-1] if ended else ids, logprobs, reason
+        return ids, logprobs
 
     # ---- questions
 

@@ -126,19 +126,8 @@ class VLLMEngine:
 
     def _candidate(self, request: CaptionRequest, k: int, seed: int, output: Any) -> Candidate:
         ids = list(output.token_ids)
-        ended = ids[-1] in self._words.stops
         logprobs = [row[token].logprob for row, token in zip(output.logprobs, ids, strict=True)]
-        text = self.captioner.tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True)
-        return Candidate(
-            sample=request.sample_id,
-            key=request.key,
-            k=k,
-            text=text.strip(),
-            finish_reason="stop" if ended else "length",
-            mean_logprob=sum(logprobs) / len(logprobs),
-            tokens=len(ids),
-            seed=seed,
-        )
+        return self._words.candidate(request.sample_id, request.key, k, seed, ids, logprobs)
 
     def p_yes(self, requests: Iterable[QuestionBatch]) -> Iterator[list[YesNo]]:
         """One :class:`YesNo` per question, in request order; see :class:`captioner.engines.Engine`."""

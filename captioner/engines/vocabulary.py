@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from captioner.errors import CheckpointError
 from captioner.model import Captioner
+from captioner.records import Candidate
 from captioner.render import Renderer
 
 YES_NO = (("yes", "Yes"), ("no", "No"))  # the words whose first tokens count as the answer
@@ -19,6 +21,7 @@ class Vocabulary:
 
     def __init__(self, captioner: Captioner, renderer: Renderer):
         tokenizer, model = captioner.tokenizer, captioner.model
+        self._tokenizer = tokenizer
         width = model.get_output_embeddings().weight.shape[0]
         config: Any = model.generation_config
         named = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
@@ -34,3 +37,20 @@ class Vocabulary:
                 where=str(captioner.path),
                 mend="use a tokenizer that has the words yes and no",
             )
+
+    def candidate(
+        self, sample_id: str, key: str, k: int, seed: int, tokens: Sequence[int], logprobs: Sequence[float]
+    ) -> Candidate:
+        """Sample ``k`` of an image, read off its tokens, the end token included where it ended."""
+        ended = tokens[-1] in self.stops
+        text = self._tokenizer.decode(tokens[:-1] if ended else tokens, skip_special_tokens=True)
+        return Candidate(
+            sample=sample_id,
+            key=key,
+            k=k,
+            text=text.strip(),
+            finish_reason="stop" if ended else "length",
+            mean_logprob=sum(logprobs) / len(logprobs),
+            tokens=len(tokens),
+            seed=seed,
+        )

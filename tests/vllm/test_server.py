@@ -77,9 +77,9 @@ def test_soft_tokens_are_never_sampled(checkpoint: Path, server: Server) -> None
     assert isinstance(ours, ServerEngine)
     said: set[int] = set()
 
-    def read(answer: dict[str, Any]) -> tuple[list[int], list[float], str]:
+    def read(answer: dict[str, Any]) -> tuple[list[int], list[float]]:
         said.update(answer["choices"][0]["token_ids"])
-        return [], [0.0], "length"
+        return [0], [0.0]
 
     ours._caption = read  # type: ignore[method-assign]
     hot = SamplingConfig(max_tokens=60, temperature=2.0)
