@@ -15,13 +15,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from captioner import losses
+from captioner import distributed, losses
 from captioner.config import AlarmsConfig, EngineConfig, SamplingConfig
 from captioner.engines import CaptionRequest
 from captioner.engines.hf import HFEngine
@@ -29,7 +29,7 @@ from captioner.errors import Refused
 from captioner.metrics import split_statements
 from captioner.model import Captioner
 from captioner.render import Renderer, TrainRow, collate
-from captioner.runs import atomic_write_json
+from captioner.runs import atomic_write_json, is_main
 from captioner.views import load_image
 
 TOP = 32  # tokens of a position that the divergence from the origin is taken over; the rest is one outcome
@@ -124,12 +124,23 @@ class Alarms(TrainerCallback):
     ) -> None:
         """``chosen`` gives the last step's mean log p(chosen) - reference; ``write`` keeps what is seen."""
         self.chosen, self.write = chosen, write
-        if self.config.every and not (resumed and self.file.is_file()):
-            atomic_write_json(self.file, self.look())
-        self.start: dict[str, float] = json.loads(self.file.read_text()) if self.config.every else {}
+        self.start: dict[str, float] = {}
+        if self.config.every and resumed and self.file.is_file():
+            self.start = json.loads(self.file.read_text())
+        elif self.config.every:
+            self.start = self.look()
+            if is_main():
+                atomic_write_json(self.file, self.start)
 
     def look(self) -> dict[str, float]:
-        """What the captioner writes now, and how far it is from the origin; its mode is left as it was."""
+        """What the captioner writes now, and how far it is from the origin; its mode is left as it was.
+
+        Rank 0 looks for all.
+        """
+        seen = [self._look()] if is_main() else []
+        return cast(dict[str, float], distributed.collect(seen, self.captioner.device)[0])
+
+    def _look(self) -> dict[str, float]:
         training = self.captioner.model.training
         self.captioner.model.eval()
         seen = written(self.captioner, self.renderer, self.paths, self.config.max_tokens)

@@ -1,48 +1,64 @@
-"""Several processes for one training: ``--gpus N`` starts them; under torchrun or accelerate they are there.
+"""Several processes for one command: ``--gpus N`` starts them; under torchrun or accelerate they are there.
 
 Every process (rank) runs the whole command. Rank 0 alone prepares, writes and speaks; the others find what it
-prepared and take their share of every step.
+prepared and take their share: of every step of a training, of the shards that an engine fills. torch is
+imported where it is needed: a command in one process does not wait for it here.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from typing import IO, Any, cast
+from datetime import timedelta
+from pathlib import Path
+from typing import IO, Any, TypeVar, cast
 
-import torch
-from accelerate import PartialState
-
+from captioner.config import Config
 from captioner.errors import ConfigError, RunError
-from captioner.runs import is_main, world_size
+from captioner.runs import is_main, rank, world_size
 
+T = TypeVar("T")
 POLL_S = 0.1
 GRACE_S = 5.0  # between asking a process to end and killing it
 CONSEQUENCE_S = 3.0  # a crash that follows from another rank's waits this long before it speaks
+PATIENCE = timedelta(days=7)  # between the first rank that has filled its shards and the last
 
 
-def launch(count: int, device: str) -> int:
-    """Run this process's command in ``count`` processes, one per GPU (``device`` "cpu": all on the CPU).
+def wanted(args: argparse.Namespace) -> bool:
+    """Whether this process is the one that starts the processes of ``--gpus N``."""
+    return getattr(args, "gpus", 1) > 1 and world_size() == 1
+
+
+def launch(command: str, config: Config, args: argparse.Namespace) -> int:
+    """Run a command in ``args.gpus`` processes, one per GPU (``model.device`` "cpu": all on the CPU).
 
     When one of them fails all are stopped. Returns 0, or the exit code of a rank whose message is passed on.
     Raises ConfigError where there are fewer GPUs, RunError where a rank was killed.
     """
-    if device != "cpu" and (found := torch.cuda.device_count()) < count:
+    import torch
+
+    count, on_cpu = args.gpus, config.model.device == "cpu"
+    if not on_cpu and (found := torch.cuda.device_count()) < count:
         mend = f"--gpus {found}" if found else "leave it out, or --model.device cpu for processes on the CPU"
         raise ConfigError(f"--gpus {count}, and there are {found}", mend=mend)
-    code = "import sys; from loops.cli import main; sys.exit(main(sys.argv[1:]))"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
     world |= {"LOCAL_WORLD_SIZE": str(count)}
     world |= {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # a batch of questions alone leaves the soft prompt unused
+    if on_cpu and "OMP_NUM_THREADS" not in os.environ:
+        world |= {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count))}
+    told = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    job = json.dumps({"command": command, "config": config.model_dump(mode="json"), "args": told}).encode()
     ranks: list[subprocess.Popen[bytes]] = []
     said: list[IO[bytes]] = []
     try:
@@ -50,8 +66,17 @@ def launch(count: int, device: str) -> int:
             said.append(tempfile.TemporaryFile())  # noqa: SIM115 (until all ended)
             quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": said[number]} if number else {}
             own = {"RANK": str(number), "LOCAL_RANK": str(number)}
-            command = [sys.executable, "-c", code, *sys.argv[1:]]
-            ranks.append(subprocess.Popen(command, env={**os.environ, **world, **own}, **quiet))
+            code = "import sys; from loops.cli import rank; sys.exit(rank())"
+            process = subprocess.Popen(
+                [sys.executable, "-c", code],
+                env={**os.environ, **world, **own},
+                stdin=subprocess.PIPE,
+                **quiet,
+            )
+            ranks.append(process)
+            assert process.stdin
+            process.stdin.write(job)
+            process.stdin.close()
         failed = _first_failure(ranks)
     finally:
         _stop(ranks)
@@ -67,6 +92,13 @@ def launch(count: int, device: str) -> int:
         said[failed].seek(0)
         sys.stderr.write(said[failed].read().decode(errors="replace"))
     return status
+
+
+def follow(parent: int) -> None:
+    """End this process when its parent has gone, however it went; runs in a thread of every rank."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
 
 
 def _first_failure(ranks: list[subprocess.Popen[bytes]]) -> int | None:
@@ -102,10 +134,14 @@ def main_first(device: str) -> Generator[None, None, None]:
     if world_size() == 1:
         yield
         return
+    import torch
+    from accelerate import PartialState
+
     sys.excepthook = _wait_for_the_cause
-    if not is_main():
+    if not is_main() and sys.stdout is sys.__stdout__:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
-    state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
+    on_cpu = device == "cpu" or not torch.cuda.is_available()
+    state = PartialState(cpu=on_cpu, timeout=PATIENCE)
     with state.main_process_first():
         yield
 
@@ -116,10 +152,42 @@ def _wait_for_the_cause(*error: Any) -> None:
     sys.__excepthook__(*error)
 
 
+def share_out(items: Sequence[T]) -> list[T]:
+    """What of ``items``, the same on all ranks, is this rank's."""
+    return list(items[rank() :: world_size()])
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    if world_size() > 1:
+        import torch
+
+        torch.distributed.barrier()
+
+
+def collect(values: Sequence[Any], device: Any) -> list[Any]:
+    """The values of all ranks, as JSON has them, one rank's behind the other's; the same on every rank."""
+    if world_size() == 1:
+        return list(values)
+    import torch
+    from accelerate.utils import gather, pad_across_processes
+
+    text = torch.tensor(list(json.dumps(list(values)).encode()), dtype=torch.uint8, device=device)
+    sizes = gather(torch.tensor([len(text)], device=device)).tolist()
+    rows = gather(pad_across_processes(text)[None])
+    return [
+        value
+        for row, size in zip(rows, sizes, strict=True)
+        for value in json.loads(bytes(row[:size].tolist()))
+    ]
+
+
 def add_up(values: list[float], device: Any) -> list[float]:
     """The sums of the values over all ranks."""
     if world_size() == 1:
         return values
+    import torch
+
     total = torch.tensor(values, dtype=torch.float64, device=device)
     torch.distributed.all_reduce(total)
     return cast(list[float], total.tolist())

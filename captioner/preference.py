@@ -23,13 +23,13 @@ from datasets import Dataset  # the type that TRL asks for
 from torch import Tensor
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
-from captioner import adapters, alarms, config, losses, train
+from captioner import adapters, alarms, config, distributed, losses, train
 from captioner.config import TrainingConfig
 from captioner.errors import Refused, RunError
 from captioner.model import Captioner
 from captioner.records import Pair
 from captioner.render import Renderer, TrainRow
-from captioner.runs import Shards, atomic_write_json, progress
+from captioner.runs import Shards, atomic_write_json, is_main, progress
 from captioner.train import Collator, Target, TrainingImages
 
 Verdicts = Mapping[str, Mapping[str, str]]  # key of an image -> normalised statement -> verdict
@@ -397,6 +397,10 @@ def train_preference(
 
     def prepare(trainer: Any, log: Any, resumed: bool) -> None:
         trainer.seen, trainer.dpo = seen, dpo
+        # TRL gathers one number a pair, and the ranks' batches hold different numbers of pairs
+        trainer.accelerator.gather = lambda values: values.new_tensor(
+            distributed.collect(values.flatten().tolist(), values.device)
+        )
         collator.reference = by_image(_reference(trainer, pairs, weights, out))
         watch.begin(lambda: trainer._metrics["train"]["rewards/chosen"][-1] / dpo.beta, log.write, resumed)
         trainer.add_callback(watch)
@@ -408,7 +412,10 @@ def train_preference(
         except Refused as alarm:
             last = train._last_checkpoint(out / "checkpoints")
             kept = last.name if last else "none yet, the reference"
-            atomic_write_json(out / "alarm.json", {"what": alarm.what, "where": alarm.where, "kept": kept})
+            if is_main():
+                atomic_write_json(
+                    out / "alarm.json", {"what": alarm.what, "where": alarm.where, "kept": kept}
+                )
             where = f"{out}; the last good checkpoint: {kept}" + (f"; {alarm.where}" if alarm.where else "")
             raise Refused(alarm.what, where=where, mend=alarm.mend) from alarm
 
@@ -422,8 +429,13 @@ def _reference(trainer: Any, pairs: Sequence[Pair], weights: str, out: Path) -> 
     That pixels and tokens are still the same is seen when the collator draws them.
     """
     shards = Shards(out / "pairs", Pair)
-    if not shards.has(0):
-        shards.write(0, score(trainer, pairs, weights, trainer.args.per_device_train_batch_size))
+    there = shards.has(0)
+    distributed.barrier()  # before a rank writes it
+    if not there:
+        scored = score(trainer, pairs, weights, trainer.args.per_device_train_batch_size)
+        if is_main():
+            shards.write(0, scored)
+        distributed.barrier()
     stored = shards.read(0)
     plain = [(pair.key, pair.chosen, pair.rejected) for pair in stored]
     if plain != [(pair.key, pair.chosen, pair.rejected) for pair in pairs]:
@@ -434,13 +446,18 @@ def _reference(trainer: Any, pairs: Sequence[Pair], weights: str, out: Path) -> 
 
 
 def score(trainer: Any, pairs: Sequence[Pair], weights: str, batch_size: int) -> list[Pair]:
-    """The pairs with the log-probabilities that the trainer's model, as it is now, gives their captions."""
+    """The pairs with the log-probabilities that the trainer's model, as it is now, gives their captions.
+
+    Every rank scores its share of the batches and gets all.
+    """
     collator: PairCollator = trainer.data_collator
     groups = collator.groups
     collator.order = lambda position: position  # type: ignore[assignment]
-    scored: dict[int, Pair] = {}
-    with progress("reference log-probabilities", len(groups)) as bar:
-        for start in range(0, len(groups), batch_size):
+    number = {id(pair): at for at, pair in enumerate(pairs)}
+    found: list[tuple[int, dict[str, Any]]] = []  # of this rank
+    batches = distributed.share_out(range(0, len(groups), batch_size))
+    with progress("reference log-probabilities", min(len(batches) * batch_size, len(groups))) as bar:
+        for start in batches:
             part = groups[start : start + batch_size]
             batch = collator([{"position": start + i} for i in range(len(part))])
             batch.pop("positions")
@@ -450,13 +467,13 @@ def score(trainer: Any, pairs: Sequence[Pair], weights: str, batch_size: int) ->
             name = "ref_unpaired_logp" if "kto" in collator.dpo.loss else "ref_masked_logp"
             for b, (group, hashes) in enumerate(zip(part, collator.hashes, strict=True)):
                 for pair, of_pair in zip(group, hashes, strict=True):
-                    found = {"ref_chosen_logp": chosen[b], "ref_rejected_logp": next(rejected)}
-                    found |= {name: further[b]} if further else {}
-                    update = {**found, **of_pair, "ref_weights": weights}
-                    scored[id(pair)] = pair.model_copy(update=update)
+                    logps = {"ref_chosen_logp": chosen[b], "ref_rejected_logp": next(rejected)}
+                    logps |= {name: further[b]} if further else {}
+                    found.append((number[id(pair)], {**logps, **of_pair, "ref_weights": weights}))
             bar.advance(len(part))
     collator.order = train.Order(len(groups), collator.seed)
-    return [scored[id(pair)] for pair in pairs]
+    of_all = dict(distributed.collect(found, trainer.args.device))
+    return [pair.model_copy(update=of_all[at]) for at, pair in enumerate(pairs)]
 
 
 @torch.no_grad()

@@ -11,11 +11,13 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
+import json
 import os
 import shutil
 import sys
 import textwrap
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -125,14 +127,30 @@ COMMANDS: dict[str, Command] = {
         ("{run}",),
     ),
 }
-PARALLEL = ("sft",)  # commands that several processes may run together
+PARALLEL = ("sft", "qa", "golden", "dpo")  # commands that several processes may run together
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0 done, 2 the user can mend it, 3 refused; 130, 141 cut short."""
     words = list(sys.argv[1:] if argv is None else argv)
+    return _guarded(lambda: _run(words))
+
+
+def rank() -> int:
+    """One of the processes of ``--gpus N``; captioner.distributed puts the command on stdin."""
+    from captioner import distributed
+    from captioner.config import Config
+
+    threading.Thread(target=distributed.follow, args=(os.getppid(),), daemon=True).start()
+    job = json.load(sys.stdin)
+    module = importlib.import_module(COMMANDS[job["command"]].module)
+    args = Args(**job["args"] | {"run_dir": Path(job["args"]["run_dir"])})
+    return _guarded(lambda: module.run(Config.model_validate(job["config"]), args) or 0)
+
+
+def _guarded(run: Callable[[], int]) -> int:
     try:
-        code = _run(words)
+        code = run()
         sys.stdout.flush()
         return code
     except CaptionerError as error:
@@ -225,6 +243,14 @@ def _parser(name: str, command: Command, module: Any) -> argparse.ArgumentParser
     if name == "iterate":
         parser.add_argument(
             "--rounds", type=_rounds, metavar="A-B", help="several rounds one after the other"
+        )
+    if name in (*PARALLEL, "iterate", "demo"):
+        parser.add_argument(
+            "--gpus",
+            type=int,
+            default=2 if name == "demo" else 1,
+            metavar="N",
+            help="processes, a GPU each (default %(default)s)",
         )
     if hasattr(module, "add_flags"):
         module.add_flags(parser)

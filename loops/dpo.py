@@ -1,4 +1,4 @@
-"""captioner dpo --round N: preference training on the pairs of a round.
+"""captioner dpo --round N [--gpus N]: preference training on the pairs of a round.
 
 The pairs are looked through first. Then a short SFT on the golden captions, whose result is the round's
 reference; then DPO with cross-entropy on the chosen captions from there, both with a fresh adapter. Writes
@@ -14,18 +14,21 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from captioner import distributed
 from captioner import pairs as pairing
 from captioner.config import Config, TrainingConfig
 from captioner.errors import RunError
 from captioner.formats import resolve
 from captioner.formats.folder import read_folder
 from captioner.records import Claim, Golden, Pair
-from captioner.runs import Run, Shards, hash_path, remove_dir
+from captioner.runs import Run, Shards, hash_path, is_main, remove_dir
 from captioner.tool import normalise
 
 
 def run(config: Config, args: argparse.Namespace) -> int:
     """The dpo stage of a round."""
+    if distributed.wanted(args):
+        return distributed.launch("dpo", config, args)
     run = Run.open(args.run_dir, config, create=False)
     start = run.current_captioner(args.round)
     home = run.stage_dir(f"round-{args.round}")
@@ -38,16 +41,19 @@ def run(config: Config, args: argparse.Namespace) -> int:
     origin = run.captioner_dir(0) if config.dpo.alarms.every and config.dpo.alarms.max_kl else None
     if origin:
         inputs["origin"] = origin
-    stage = run.stage(f"round-{args.round}/dpo", section, inputs, redo=args.redo)
+    with distributed.main_first(config.model.device):
+        stage = run.stage(f"round-{args.round}/dpo", section, inputs, redo=args.redo)
+        if is_main() and not stage.done:
+            remove_dir(home / "captioner")
     if stage.done:
         print(f"dpo was done before: {stage.dir}")
         return 0
-    remove_dir(home / "captioner")
     rows = Shards(pairs, Pair).read_all()
     if not rows:
         mend = "look at the claims; --pairs.min_refuted 0 pairs every sample"
         raise RunError("the round has no pairs", where=str(pairs), mend=mend)
-    rows, seen = linted(run, rows, start)
+    with distributed.main_first(config.model.device):  # the held-out scenes may have to be drawn
+        rows, seen = linted(run, rows, start)
     print("pairs: " + ", ".join(f"{_short(count)} {name}" for name, count in seen.items()))
     paths = {row.key: row.path for row in read_folder(images, captions=False)}
     reference, metrics = start, {}
@@ -56,8 +62,11 @@ def run(config: Config, args: argparse.Namespace) -> int:
         captions = Shards(golden, Golden).read_all()
         if not reference.is_dir():
             metrics = golden_sft(config, start, captions, rows, paths, stage.dir / "golden-sft", reference)
+        distributed.barrier()  # rank 0 publishes the reference
     judged = verdicts(inputs["claims"]) if weighted else {}
     metrics |= prefer(config, reference, rows, paths, stage.dir, home / "captioner", origin, judged)
+    if not is_main():
+        return 0
     shutil.rmtree(stage.dir / "golden-sft" / "checkpoints", ignore_errors=True)
     shutil.rmtree(stage.dir / "checkpoints")
     steps = config.dpo.training.steps
@@ -136,7 +145,8 @@ def golden_sft(
     renderer = render.Renderer(captioner, config.views)
     captioner.views = renderer.config
     metrics = train.train_sft(captioner, renderer, images, training, out)
-    fuse.export(captioner, reference, train.ADAPTER)
+    if is_main():
+        fuse.export(captioner, reference, train.ADAPTER)
     return {f"golden_sft_{name}": value for name, value in metrics.items()}
 
 
@@ -173,8 +183,9 @@ def prefer(
     metrics = preference.train_preference(
         captioner, renderer, pairs, paths, training, out, dpo, verdicts=verdicts, origin=measured
     )
-    adapters.save(captioner, train.ADAPTER, out / "adapter")
-    fuse.export(captioner, target, train.ADAPTER)
+    if is_main():
+        adapters.save(captioner, train.ADAPTER, out / "adapter")
+        fuse.export(captioner, target, train.ADAPTER)
     return metrics
 
 

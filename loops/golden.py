@@ -1,9 +1,10 @@
-"""captioner golden --round N [--rethreshold KEEP]: sample, verify, and write golden captions and pairs.
+"""captioner golden --round N [--gpus N] [--rethreshold KEEP]: sample, verify, write golden captions, pairs.
 
 Stages of a round: `candidates` (the captioner samples), `planted` (the verifier is measured on claims whose
 answers are known, where something knows them; it may refuse the round), `claims` (the verifier answers one
 question per statement), `golden` and `pairs` (derived from the claims, no model). A killed stage continues at
-its first missing shard. `--rethreshold` makes the last two anew from the claims that are there.
+its first missing shard; of several processes each fills its share of the shards. `--rethreshold` makes the
+last two stages anew from the claims that are there.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from captioner import golden, pairs, planted, prompts, qa, scenes
+from captioner import distributed, golden, pairs, planted, prompts, qa, scenes
 from captioner.config import Config
 from captioner.engines import make_engine
 from captioner.errors import ConfigError, Refused, RunError
@@ -28,7 +29,17 @@ from captioner.formats import SCENES, parse_scenes, questions, resolve
 from captioner.formats.folder import ImageRow, read_folder
 from captioner.golden import Thresholds
 from captioner.records import Candidate, Claim, Failed, Golden, Pair, Planted, RecordT, Unasked
-from captioner.runs import Run, Shards, Stage, atomic_write_json, hash_path, progress, remove_dir, row_seed
+from captioner.runs import (
+    Run,
+    Shards,
+    Stage,
+    atomic_write_json,
+    hash_path,
+    is_main,
+    progress,
+    remove_dir,
+    row_seed,
+)
 from captioner.tool import Rules, Statement, Tool, ToolFailed, make_tool
 from captioner.views import BadImage, View, load_image
 
@@ -94,10 +105,16 @@ def run(config: Config, args: Args) -> int:
                 mend=f"give both thresholds, as in --rethreshold {keep} --golden.drop {keep}",
             )
         config = config.model_copy(update={"golden": config.golden.model_copy(update={"keep": keep})})
+    if distributed.wanted(args) and keep is None:
+        if config.engine.type != "hf":
+            mend = "leave --gpus out, and start a server on every GPU (captioner serve, engine.urls)"
+            raise ConfigError(f"--gpus is for the engine hf, not for {config.engine.type}", mend=mend)
+        return distributed.launch("golden", config, args)
     run = Run.open(args.run_dir, config, create=False)
     plan = plan_round(run, args.round)
     counts = make_golden(run, plan, config, redo=args.redo, rethreshold=keep is not None)
-    print(f"round {plan.number}: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
+    if counts:
+        print(f"round {plan.number}: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
     return 0
 
 
@@ -140,7 +157,8 @@ def make_golden(run: Run, plan: Plan, config: Config, *, redo: bool, rethreshold
             where=str(home / "claims"),
             mend=f"captioner golden --round {plan.number} --run {run.path}",
         )
-    folder = resolve(plan.source, run)
+    with distributed.main_first(config.model.device):
+        folder = resolve(plan.source, run)
     images = read_folder(folder, captions=False)
     kind_of = scenes.kind_of if plan.source.startswith(SCENES) else None
     _candidates(run, plan, config, folder, images, redo)
@@ -150,6 +168,8 @@ def make_golden(run: Run, plan: Plan, config: Config, *, redo: bool, rethreshold
         _claims(run, plan, config, images, tool, thresholds)
     finally:
         tool.close()
+    if not is_main():
+        return {}
     ledger = Shards(home / "claims", Claim)
     if rethreshold or not (home / "golden" / "stage.json").is_file():
         apply_thresholds(ledger, thresholds)
@@ -171,10 +191,11 @@ def _candidates(
         "prompt": prompts.prompt_hash("caption"),
     }
     inputs = {"captioner": plan.captioner, "images": folder}
-    stage = run.stage(f"round-{plan.number}/candidates", section, inputs, redo)
-    if redo:  # what derives from the old candidates goes with them
-        for name in ("pairs", "golden", "claims", "planted"):
-            remove_dir(run.stage_dir(f"round-{plan.number}/{name}"))
+    with distributed.main_first(config.model.device):
+        stage = run.stage(f"round-{plan.number}/candidates", section, inputs, redo)
+        if redo and is_main():  # what derives from the old candidates goes with them
+            for name in ("pairs", "golden", "claims", "planted"):
+                remove_dir(run.stage_dir(f"round-{plan.number}/{name}"))
     if stage.done:
         return
     output = Output(stage.dir, Candidate)
@@ -203,6 +224,8 @@ def _candidates(
 
     parts = _parts(images, settings.shard_rows)
     _fill(output, "sampling", parts, plan.captioner, config, work)
+    if not is_main():
+        return
     rows = output.rows.read_all()
     counts = {
         "images": len(images),
@@ -234,7 +257,8 @@ def _planted(
     }
     inputs = {"verifier": plan.verifier, "calibration": plan.qa / "calibration.json"}
     inputs |= {"planted": file} if file else {"candidates": home / "candidates"}
-    stage = run.stage(f"round-{plan.number}/planted", section, inputs)
+    with distributed.main_first(config.model.device):
+        stage = run.stage(f"round-{plan.number}/planted", section, inputs)
     if not stage.done:
         temperature = qa.Calibration.read(inputs["calibration"]).temperature
         rows = questions.read(file, config.max_failed)[0] if file else _scene_claims(home, known, config)
@@ -246,12 +270,18 @@ def _planted(
             return _ask_planted(engine, part, temperature, advance)
 
         _fill(output, "planted claims", [rows], plan.verifier, config, work)
-        asked = output.rows.read_all()
-        answers = [qa.Answer(r.kind, r.stratum, r.answer, r.p_yes, r.label_mass) for r in asked]
-        table = qa.accuracy_table(answers) if answers else {}
-        atomic_write_json(stage.dir / "accuracy.json", {name: asdict(row) for name, row in table.items()})
-        stage.finish({"images": len(rows), "claims": len(asked)})
+        with distributed.main_first(config.model.device):
+            if is_main():
+                _planted_accuracy(stage, output, len(rows))
     return _read_table(stage.dir / "accuracy.json")
+
+
+def _planted_accuracy(stage: Stage, output: Output[Planted], images: int) -> None:
+    asked = output.rows.read_all()
+    answers = [qa.Answer(r.kind, r.stratum, r.answer, r.p_yes, r.label_mass) for r in asked]
+    table = qa.accuracy_table(answers) if answers else {}
+    atomic_write_json(stage.dir / "accuracy.json", {name: asdict(row) for name, row in table.items()})
+    stage.finish({"images": images, "claims": len(asked)})
 
 
 def _scene_claims(home: Path, known: list[ImageRow], config: Config) -> list[ImageRow]:
@@ -298,7 +328,8 @@ def trusted(run: Run, plan: Plan, config: Config, table: Mapping[str, Mapping[st
     """
     trust = planted.decide(table, _read_table(plan.qa / "accuracy.json"), config.golden)
     decision = run.stage_dir(f"round-{plan.number}") / "verifier.json"
-    atomic_write_json(decision, {**trust.to_json(), "planted": dict(table)})
+    if is_main():
+        atomic_write_json(decision, {**trust.to_json(), "planted": dict(table)})
     if trust.refused:
         raise Refused(
             f"the verifier of round {plan.number} cannot be trusted: {trust.refused}",
@@ -335,12 +366,14 @@ def _claims(
         "calibration": plan.qa / "calibration.json",
         "candidates": home / "candidates",
     }
-    stage = run.stage(f"round-{plan.number}/claims", section, inputs)
+    with distributed.main_first(config.model.device):
+        stage = run.stage(f"round-{plan.number}/claims", section, inputs)
     if stage.done:
         return
     output = Output(stage.dir, Claim)
     candidates = by_key(Shards(home / "candidates", Candidate).read_all())
-    selections, unread = _selections(candidates, tool, settings.max_questions)
+    with distributed.main_first(config.model.device):  # the others find the tool's answers in its cache
+        selections, unread = _selections(candidates, tool, settings.max_questions)
     calibration = qa.Calibration.read(inputs["calibration"])
     reask = calibration.reask if settings.reask is None else settings.reask
     square = golden.square_plan(plan.verifier, config.views) if "view" in reask else []
@@ -369,8 +402,11 @@ def _claims(
             if row.key in selections
             for each, why in selections[row.key].unasked
         ]
-        Shards(stage.dir / "unasked", Unasked).write(index, unasked)
+        if is_main():
+            Shards(stage.dir / "unasked", Unasked).write(index, unasked)
     _fill(output, "verifying", parts, plan.verifier, config, work)
+    if not is_main():
+        return
     rows = output.rows.read_all()
     left = Counter(why for selection in selections.values() for _, why in selection.unasked)
     counts = {
@@ -527,15 +563,17 @@ def _fill(
     config: Config,
     work: Callable[[Engine, list[ImageRow], Callable[[], None]], tuple[list[RecordT], list[Failed]]],
 ) -> None:
-    """Make the missing shards; the model is loaded only if there are any."""
+    """Make the missing shards, of several processes each its share; the model is loaded only for that."""
     missing = [index for index in range(len(parts)) if not output.rows.has(index)]
-    if not missing:
-        return
-    total = sum(len(parts[index]) for index in missing)
-    with _engine(checkpoint, config) as engine, progress(description, total) as bar:
-        for index in missing:
-            rows, failed = work(engine, parts[index], bar.advance)
-            output.write(index, rows, failed)
+    distributed.barrier()  # before the first is written
+    own = distributed.share_out(missing)
+    if own:
+        total = sum(len(parts[index]) for index in own)
+        with _engine(checkpoint, config) as engine, progress(description, total) as bar:
+            for index in own:
+                rows, failed = work(engine, parts[index], bar.advance)
+                output.write(index, rows, failed)
+    distributed.barrier()
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""captioner iterate --round N | --rounds A-B: whole rounds of self-correction.
+"""captioner iterate --round N | --rounds A-B [--gpus N]: whole rounds of self-correction.
 
 A round is qa, golden, dpo, an evaluation on the gate's images and the gate. What is done already is skipped,
 so the same command continues a killed round. A round that the gate refuses, or an alarm stops, keeps its
@@ -52,7 +52,7 @@ def run_round(run: Run, number: int, args: argparse.Namespace) -> None:
         )
     run.current_captioner(number)  # names the missing command before anything is done
     for step in STEPS:
-        code = step.run(run.config, arguments(step, args, round=number))
+        code = step.run(run.config, arguments(step, args, round=number, gpus=getattr(args, "gpus", 1)))
         if code:
             raise Refused(
                 f"{step.__name__} of round {number} was refused", where=str(run.path / f"round-{number}")

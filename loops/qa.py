@@ -1,4 +1,4 @@
-"""captioner qa --round N: train the verifier of a round and measure it on held-out images.
+"""captioner qa --round N [--gpus N]: train the verifier of a round and measure it on held-out images.
 
 A fresh adapter in the language model only, on the frozen current captioner, learns yes/no questions. Writes
 round-N/qa/adapter, round-N/qa/captioner (the verifier, a stock checkpoint), round-N/qa/accuracy.json and
@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING
 
 from rich.table import Column, Table
 
-from captioner import golden, qa
+from captioner import distributed, golden, qa
 from captioner.config import AdapterTuning, Config, QAConfig
 from captioner.errors import DataError
 from captioner.formats import questions, resolve
 from captioner.formats.folder import ImageRow, read_folder
-from captioner.runs import Run, atomic_write_json, console, progress
+from captioner.runs import Run, atomic_write_json, console, is_main, progress
 from captioner.views import View, load_image
 
 if TYPE_CHECKING:
@@ -37,11 +37,15 @@ GRAY = (128, 128, 128)  # what the blind baseline sees
 
 def run(config: Config, args: argparse.Namespace) -> int:
     """The qa stage of a round."""
-    run = Run.open(args.run_dir, config, create=False)
-    start = run.current_captioner(args.round)
-    data = resolve(config.qa.data, run)
-    section = {"qa": config.qa, "views": config.views, "dtype": config.model.dtype}
-    stage = run.stage(f"round-{args.round}/qa", section, {"captioner": start, "data": data}, redo=args.redo)
+    if distributed.wanted(args):
+        return distributed.launch("qa", config, args)
+    with distributed.main_first(config.model.device):
+        run = Run.open(args.run_dir, config, create=False)
+        start = run.current_captioner(args.round)
+        data = resolve(config.qa.data, run)
+        section = {"qa": config.qa, "views": config.views, "dtype": config.model.dtype}
+        inputs = {"captioner": start, "data": data}
+        stage = run.stage(f"round-{args.round}/qa", section, inputs, redo=args.redo)
     if stage.done:
         print(f"qa was done before: {stage.dir}")
         return 0
@@ -52,6 +56,8 @@ def run(config: Config, args: argparse.Namespace) -> int:
     metrics = (
         {} if verifier.is_dir() else train_verifier(config, start, [rows[i] for i in learned], stage.dir)
     )
+    if not is_main():
+        return 0
     accuracies, calibration, again = measure(config, verifier, [rows[i] for i in held])
     atomic_write_json(stage.dir / "calibration.json", calibration.model_dump())
     atomic_write_json(
@@ -91,8 +97,9 @@ def train_verifier(config: Config, start: Path, rows: Sequence[ImageRow], out: P
     captioner.views = renderer.config
     images = training_images(rows, config.qa)
     metrics = train.train_sft(captioner, renderer, images, training, out)
-    adapters.save(captioner, train.ADAPTER, out / "adapter")
-    fuse.export(captioner, out / "captioner", train.ADAPTER)
+    if is_main():
+        adapters.save(captioner, train.ADAPTER, out / "adapter")
+        fuse.export(captioner, out / "captioner", train.ADAPTER)
     return metrics
 
 

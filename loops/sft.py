@@ -14,28 +14,22 @@ import shutil
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from captioner import prompts
+from captioner import distributed, prompts
 from captioner.config import Config, SFTConfig
 from captioner.errors import DataError
 from captioner.formats import resolve
 from captioner.formats.folder import ImageRow, read_folder
-from captioner.runs import Run, checkpoint_path, is_main, world_size
+from captioner.runs import Run, checkpoint_path, is_main
 
 if TYPE_CHECKING:
     from captioner.train import Target, TrainingImages
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="processes, a GPU each (default 1)")
-
-
 def run(config: Config, args: argparse.Namespace) -> int:
     """The sft stage of a run."""
-    from captioner import distributed
-
     sft = config.sft
-    if args.gpus > 1 and world_size() == 1:
-        return distributed.launch(args.gpus, config.model.device)
+    if distributed.wanted(args):
+        return distributed.launch("sft", config, args)
     with distributed.main_first(config.model.device):
         run = Run.open(args.run_dir, config)
         data = [resolve(source, run) for source in sft.data]

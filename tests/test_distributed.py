@@ -3,19 +3,22 @@
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from captioner import distributed
 from captioner.config import Config, load
 from captioner.errors import ConfigError
-from loops import sft
+from loops import golden, qa, sft
 from loops.cli import main
+from tests.test_demo import SMALL
 from tests.tiny import tiny_checkpoint
 
 FIELDS = {
@@ -89,6 +92,39 @@ def test_two_processes_equal_one_with_twice_the_accumulation_and_a_killed_rank_s
     )
 
 
+def test_two_processes_fill_the_shards_of_a_round_with_the_rows_of_one(tmp_path: Path) -> None:
+    tiny_checkpoint(tmp_path / "base")
+    settings = json.loads(json.dumps(SMALL)) | {"model": {"path": str(tmp_path / "base"), "device": "cpu"}}
+    settings["golden"]["shard_rows"] = 2  # three shards: the ranks' shares are not equal
+    config = Config.model_validate(settings)
+    args = argparse.Namespace(run_dir=tmp_path / "one", redo=False, round=1, rethreshold=None)
+    for loop in (sft, qa):
+        assert loop.run(config, args) == 0
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    assert golden.run(config, args) == 0
+    args.run_dir, args.gpus = tmp_path / "two", 2
+    assert golden.run(config, args) == 0
+    files = [path.relative_to(tmp_path / "one") for path in (tmp_path / "one/round-1").rglob("*.parquet")]
+    assert sum(path.parent.name in ("candidates", "claims", "pairs") for path in files) == 9
+    for file in files:
+        rows = [pq.read_table(tmp_path / name / file).to_pylist() for name in ("one", "two")]
+        assert rows[0] == rows[1], file
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the ranks in /proc")
+def test_ranks_end_with_the_process_that_started_them(tmp_path: Path) -> None:
+    tiny_checkpoint(tmp_path / "base")
+    launcher = start(tmp_path / "run", FIELDS | {"model.path": str(tmp_path / "base")}, "--gpus", "2")
+    while not (ranks := children(launcher.pid)) or not (tmp_path / "run" / "sft").exists():
+        time.sleep(0.01)
+    launcher.kill()
+    launcher.wait()
+    deadline = time.monotonic() + 60
+    while any(Path(f"/proc/{pid}").exists() for pid in ranks) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
+
+
 def test_a_message_of_another_rank_is_passed_on(tmp_path: Path) -> None:
     """Two images, the second of which cannot be read; with a batch of one it is rank 0's or rank 1's."""
     tiny_checkpoint(tmp_path / "base")
@@ -107,7 +143,7 @@ def test_a_message_of_another_rank_is_passed_on(tmp_path: Path) -> None:
 def test_fewer_gpus_than_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     with pytest.raises(ConfigError, match="--gpus 3, and there are 1") as caught:
-        distributed.launch(3, "auto")
+        distributed.launch("sft", Config(), argparse.Namespace(gpus=3))
     assert caught.value.mend == "--gpus 1"
 
 
@@ -115,5 +151,5 @@ def test_other_commands_refuse_several_processes(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert main(["qa", "--round", "1"]) == 2
-    assert "captioner qa runs in one process" in capsys.readouterr().err
+    assert main(["caption", "images/"]) == 2
+    assert "captioner caption runs in one process" in capsys.readouterr().err

@@ -14,6 +14,7 @@ from typing import Any, get_args
 import pytest
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from trl import DPOTrainer, KTOTrainer
@@ -615,6 +616,39 @@ def test_dpo_command(pairs: list[Pair], folder: Path, tmp_path: Path, golden_sft
     width = model.load(home / "captioner").model.config.text_config.intermediate_size
     assert width == referee.model.config.text_config.intermediate_size + 4
     assert not (home / "dpo" / "checkpoints").exists()
+
+
+def test_two_processes_equal_one_with_twice_the_accumulation(
+    pairs: list[Pair], folder: Path, tmp_path: Path
+) -> None:
+    """Short SFT, reference log-probabilities, preference training and its looks; images differ in pairs."""
+    pairs = pairs[1:]
+    logged: list[list[dict[str, float]]] = []
+    for gpus, accumulation in ((1, 2), (2, 1)):
+        training = TRAINING.model_copy(update={"batch_size": 1, "accumulation": accumulation, "steps": 3})
+        tuning = AdapterTuning(vision_width=4, language_width=4)
+        watch = AlarmsConfig(every=2, images=2, max_tokens=8)
+        dpo = DPOConfig(golden_sft_steps=2, tuning=tuning, training=training, alarms=watch)
+        held_out = {"gate": {"data": "scenes:validation:2"}, "evaluate": {"data": "scenes:test:2"}}
+        config = Config.model_validate({"dpo": dpo, "model": {"device": "cpu"}, **held_out})
+        run_dir = tmp_path / str(gpus)
+        made_round(run_dir, config, pairs, folder)
+        assert loop.run(config, argparse.Namespace(run_dir=run_dir, redo=False, round=1, gpus=gpus)) == 0
+        lines = (run_dir / "round-1" / "dpo" / "metrics.jsonl").read_text().splitlines()
+        logged.append([json.loads(line) for line in lines])
+    one, two = logged
+    assert len(one) == len(two) >= 4
+    compared = 0
+    for alone, together in zip(one, two, strict=True):
+        assert alone.keys() == together.keys()
+        for name in ("loss", "grad_norm", "probe/kl", "probe/tokens"):  # the others are means over pairs
+            if name in alone:  # TRL rounds the losses
+                assert together[name] == pytest.approx(alone[name], rel=1e-4, abs=1.01e-4), name
+                compared += 1
+    assert compared >= 10
+    weights = [load_file(tmp_path / n / "round-1/captioner/model.safetensors") for n in ("1", "2")]
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(weights[1][name], tensor, rtol=1e-5, atol=2e-5)
 
 
 def test_pairs_of_an_evaluation_image_are_refused(pairs: list[Pair], folder: Path, tmp_path: Path) -> None:
