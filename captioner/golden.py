@@ -157,6 +157,7 @@ def claims(
             key=candidate.key,
             text=statement.text,
             kind=tool.kind(statement.text),
+            slot=tool.slot(statement.text),
             candidates=list(statement.candidates),
             question=question.text,
             expected=question.expected,
@@ -178,8 +179,28 @@ def verdict(probability: float, keep: float, drop: float) -> Verdict:
 
 
 def judge(claims: Sequence[Claim], thresholds: Thresholds) -> list[Claim]:
-    """The claims with the verdicts that these thresholds give, and why."""
-    return [claim.model_copy(update=_judged(claim, thresholds)) for claim in claims]
+    """The claims, of any images, with the verdicts that these thresholds give, and why.
+
+    Of claims that exclude each other (one image, one slot) the likeliest stays where it is kept, of equally
+    likely ones that of most samples; the others are dropped.
+    """
+    judged = [claim.model_copy(update=_judged(claim, thresholds)) for claim in claims]
+    best: dict[tuple[str, str], Claim] = {}
+    for claim in judged:
+        if claim.slot and claim.verdict == "keep":
+            best[claim.key, claim.slot] = max(best.get((claim.key, claim.slot), claim), claim, key=_rank)
+    return [_excluded(claim, best.get((claim.key, claim.slot)), thresholds) for claim in judged]
+
+
+def _rank(claim: Claim) -> tuple[float, int]:
+    return confidence(claim), len(claim.candidates)
+
+
+def _excluded(claim: Claim, best: Claim | None, thresholds: Thresholds) -> Claim:
+    if best is None or claim is best or claim.verdict == "drop" or claim.kind in thresholds.distrusted:
+        return claim
+    why = f"{confidence(claim):.3f}, and {best.text} has {confidence(best):.3f}"
+    return claim.model_copy(update={"verdict": "drop", "why": why})
 
 
 def _judged(claim: Claim, thresholds: Thresholds) -> dict[str, str]:

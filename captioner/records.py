@@ -59,6 +59,7 @@ class Claim(Record):
     key: str
     text: str
     kind: str  # kind of fact by the tool LLM ("" where it does not know)
+    slot: str = ""  # of the claims about an image with one slot, such as `north color`, one at most holds
     candidates: list[int]  # k of the candidates that state it
     question: str
     expected: str  # "yes" or "no": the answer that confirms the claim

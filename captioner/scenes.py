@@ -442,6 +442,12 @@ def kind_of(statement: str) -> str:
     return KIND_OF_WORD[words[1]] if len(words) == 2 else "relation"
 
 
+def slot_of(statement: str) -> str:
+    """What a scene has one value of, such as `north color`; "" where statements do not exclude each other."""
+    kind = kind_of(statement)
+    return f"{statement.split()[0]} {kind}" if kind in VALUES else kind if kind == "background" else ""
+
+
 def execute(statement: str, scene: Scene) -> bool | None:
     """Whether a statement holds in a scene; None where it cannot be parsed."""
     text = normalise(statement)

@@ -106,6 +106,7 @@ class Tool(Protocol):
     def checkable(self, statement: str) -> bool: ...
     def decompose(self, statement: str) -> Question: ...
     def kind(self, statement: str) -> str: ...
+    def slot(self, statement: str) -> str: ...
 
 
 def split_statements(caption: str) -> list[str]:
@@ -156,11 +157,14 @@ class Rules:
     """The embedded tool LLM: deterministic rules, no model.
 
     ``kind_of`` gives the kind of a statement where the source of the images knows it exactly (the scenes do);
-    without it the kind is guessed from word lists. Both answer "" where they do not know.
+    without it the kind is guessed from word lists. ``slot_of`` gives what only one statement can hold of.
+    All answer "" where they do not know.
     """
 
-    def __init__(self, kind_of: Callable[[str], str] | None = None):
-        self._kind_of = kind_of
+    def __init__(
+        self, kind_of: Callable[[str], str] | None = None, slot_of: Callable[[str], str] | None = None
+    ):
+        self._kind_of, self._slot_of = kind_of, slot_of
 
     def prepare(self, images: Sequence[Sequence[str]]) -> None:
         """Nothing: rules take no time."""
@@ -211,6 +215,9 @@ class Rules:
             return self._kind_of(statement)
         return next((kind for kind, words in _KINDS if words.search(statement)), "")
 
+    def slot(self, statement: str) -> str:
+        return self._slot_of(statement) if self._slot_of is not None else ""
+
 
 class _Answer(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -255,10 +262,16 @@ class LLM(Rules):
     ``folder`` keeps the answers of earlier runs. Raises EngineError where no server answers.
     """
 
-    def __init__(self, config: ToolConfig, folder: Path, kind_of: Callable[[str], str] | None = None):
+    def __init__(
+        self,
+        config: ToolConfig,
+        folder: Path,
+        kind_of: Callable[[str], str] | None = None,
+        slot_of: Callable[[str], str] | None = None,
+    ):
         from captioner.engines.text import TextEngine
 
-        super().__init__(kind_of)
+        super().__init__(kind_of, slot_of)
         self.config = config
         self._engine = TextEngine(config)
         self._folder = folder
@@ -428,9 +441,14 @@ class _Request:
     check: Callable[[Any], str | None]
 
 
-def make_tool(config: ToolConfig, folder: Path, kind_of: Callable[[str], str] | None = None) -> Tool:
+def make_tool(
+    config: ToolConfig,
+    folder: Path,
+    kind_of: Callable[[str], str] | None = None,
+    slot_of: Callable[[str], str] | None = None,
+) -> Tool:
     """The tool that ``config.type`` names; ``folder`` keeps an LLM's answers."""
-    return Rules(kind_of) if config.type == "rules" else LLM(config, folder, kind_of)
+    return Rules(kind_of, slot_of) if config.type == "rules" else LLM(config, folder, kind_of, slot_of)
 
 
 # ---- what an answer must hold up against

@@ -160,10 +160,10 @@ def make_golden(run: Run, plan: Plan, config: Config, *, redo: bool, rethreshold
     with distributed.main_first(config.model.device):
         folder = resolve(plan.source, run)
     images = read_folder(folder, captions=False)
-    kind_of = scenes.kind_of if plan.source.startswith(SCENES) else None
+    known = (scenes.kind_of, scenes.slot_of) if plan.source.startswith(SCENES) else (None, None)
     _candidates(run, plan, config, folder, images, redo)
     thresholds = trusted(run, plan, config, _planted(run, plan, config, folder, images))
-    tool = make_tool(config.tool, run.path / "tool", kind_of)
+    tool = make_tool(config.tool, run.path / "tool", *known)
     try:
         _claims(run, plan, config, images, tool, thresholds)
     finally:
