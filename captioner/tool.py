@@ -184,9 +184,11 @@ class Rules:
 
         The order is the one that contradicts the fewest captions, and what shares words stands together. So
         what belongs together stays together, which it does not when all are sorted by their median position.
+        Statements that exclude each other share a place, those of most captions first.
         """
         wordings: dict[str, Counter[str]] = {}
         stated: dict[str, set[int]] = {}
+        places: dict[str, dict[str, None]] = {}
         sequences: list[list[str]] = []
         for index, caption in enumerate(captions):
             sequence = []
@@ -194,12 +196,14 @@ class Rules:
                 key = normalise(text)
                 wordings.setdefault(key, Counter())[text] += 1
                 stated.setdefault(key, set()).add(index)
-                sequence.append(key)
+                sequence.append(self.slot(key) or key)
+                places.setdefault(sequence[-1], {})[key] = None
             sequences.append(list(dict.fromkeys(sequence)))
         # Counter.most_common keeps first-seen order among equals, so the wording is deterministic.
         return [
             Statement(wordings[key].most_common(1)[0][0], tuple(sorted(stated[key])))
-            for key in _interleave(sequences)
+            for place in _interleave(sequences)
+            for key in sorted(places[place], key=lambda key: -len(stated[key]))
         ]
 
     def checkable(self, statement: str) -> bool:

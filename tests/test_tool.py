@@ -179,3 +179,15 @@ def test_every_fact_of_the_scenes_is_checkable_and_stays_apart() -> None:
 def test_kind(statement: str, guessed: str, exact: str) -> None:
     assert Rules().kind(statement) == guessed
     assert Rules(scenes.kind_of).kind(statement) == exact
+
+
+def test_statements_that_exclude_each_other_share_a_place() -> None:
+    """The star is said once, behind its colour; where shapes stand is what the other captions tell."""
+    captions = [
+        "north circle, north red, south plus",
+        "north ring, north red",
+        "north red, south plus, north star",
+    ]
+    merged = [each.text for each in Rules(scenes.kind_of, scenes.slot_of).merge(captions)]
+    assert merged == ["north circle", "north ring", "north star", "north red", "south plus"]
+    assert [each.text for each in Rules().merge(captions)] != merged
