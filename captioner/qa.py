@@ -27,6 +27,7 @@ OPEN = "open"  # stratum of a question that asks for a word
 WORDINGS = ("question", "question_again")  # prompts that put a statement as a question
 BINS = 10  # of the calibration error
 BAND_GROUP = 40  # answers whose share of "yes" is looked at together
+RIDGE = 0.1  # on the coefficients of a logistic regression
 SHARPEST, FLATTEST = 0.05, 20.0  # temperatures that are not exceeded
 
 Question = Mapping[str, Any]  # question, answer, kind, stratum: a row of a data set's `questions` column
@@ -287,6 +288,31 @@ def cross_fitted(answers: Sequence[Answer], images: Sequence[str]) -> list[Answe
         replace(answer, p_yes=scale(answer.p_yes, fitted[side]))
         for answer, side in zip(answers, sides, strict=True)
     ]
+
+
+def log_odds(probabilities: Sequence[float]) -> np.ndarray:
+    return np.array([_logit(p) for p in probabilities], dtype=float)
+
+
+def logistic(features: np.ndarray, targets: np.ndarray, weights: np.ndarray | float = 1.0) -> np.ndarray:
+    """Coefficients (D) of a logistic regression on ``features`` (N, D), targets (N) 0..1; Newton's method.
+
+    The ridge keeps them finite where the classes separate.
+    """
+    found = np.zeros(features.shape[1])
+    for _ in range(30):
+        p = expit(features @ found)
+        slope = features.T @ (weights * (targets - p)) - RIDGE * found
+        bend = (features.T * (weights * p * (1 - p))) @ features + RIDGE * np.eye(len(found))
+        step = np.linalg.solve(bend, slope)
+        found = found + step
+        if np.abs(step).max() < 1e-6:
+            break
+    return found
+
+
+def expit(x: np.ndarray) -> np.ndarray:
+    return 1.0 / (1.0 + np.exp(-np.clip(x, -30.0, 30.0)))
 
 
 def band(answers: Sequence[Answer], target: float) -> tuple[float, float]:
