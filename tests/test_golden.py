@@ -145,7 +145,7 @@ def asked_round(
     for kind, sharp in kinds.items():
         for i in range(count):
             true = rng.random() < 1 / 3
-            votes = 1 + sum(rng.random() < (0.6 if true else 0.15) for _ in range(samples - 1))
+            votes = 1 + sum(rng.random() < (0.5 if true else 0.2) for _ in range(samples - 1))
             one = claim(f"{kind} {i}", p_of(true, sharp), tuple(range(votes)))
             claims.append(one.model_copy(update={"kind": kind}))
             truth.append(true)
@@ -605,11 +605,13 @@ def test_a_killed_stage_ends_with_the_same_rows(
     stage = home / "run" / "round-1" / name
     assert [path.name for path in sorted(stage.glob("[0-9]*"))] == ["00000.parquet"]
     assert not (stage / "stage.json").exists()
-    first = (stage / "00000.parquet").stat().st_mtime_ns
+    # claims are written once more when they are judged
+    whole = stage / "failed" / "00000.parquet" if name == "claims" else stage / "00000.parquet"
+    first = whole.stat().st_mtime_ns
     if name in ("golden", "pairs"):
         monkeypatch.setattr("captioner.model.load", no_model)
     assert loop.run(config_of(home), flags(home)) == 0
-    assert (stage / "00000.parquet").stat().st_mtime_ns == first
+    assert whole.stat().st_mtime_ns == first
     for each in loop.STAGES:
         assert rows_of(home, each) == rows_of(finished, each)
     for each in loop.STAGES[:3]:
@@ -743,6 +745,42 @@ def test_a_verifier_turned_for_one_kind_is_caught(
     assert "abstain" not in {row.verdict for row in rows_of(home, "claims")} or not confident
 
 
+def test_a_verifier_trained_on_turned_labels_is_caught(tmp_path: Path) -> None:
+    """A real one: the shipped base, its adapter trained with "yes" and "no" of colors exchanged."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from captioner import model
+    from captioner.engines import make_engine
+    from captioner.formats.folder import ImageRow, read_folder
+    from loops import qa as qa_loop
+
+    scenes.write("qa", 48, tmp_path / "asked")
+    rows = pq.read_table(tmp_path / "asked" / "metadata.parquet").to_pylist()
+    for question in (question for row in rows for question in row["questions"]):
+        if question["kind"] == "color" and qa.is_yes_no(question):
+            question["answer"] = "no" if question["answer"] == "yes" else "yes"
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "asked" / "metadata.parquet")
+    training = {"steps": 80, "batch_size": 8, "learning_rate": 5e-3, "save_steps": 80}
+    config = Config.model_validate({"views": {"levels": [1], "center": False}, "qa": {"training": training}})
+    base = model.checkpoint_path("scenes-base")
+    qa_loop.train_verifier(config, base, read_folder(tmp_path / "asked"), tmp_path / "qa")
+
+    scenes.write("round", 24, tmp_path / "round")
+    asked = []
+    for row in read_folder(tmp_path / "round"):
+        said, facts = scenes.statements(scenes.Scene.from_json(row.facts or "")), row.facts or ""
+        claims = planted.plant(said, facts, loop.PLANTED_PER_IMAGE, random.Random(0))
+        asked.append(ImageRow(row.key, row.path, questions=[dict(each) for each in claims]))
+    engine = make_engine(tmp_path / "qa" / "captioner", config)
+    answers, failed = loop._ask_planted(engine, asked, 1.0, lambda: None)
+    engine.close()
+    table = qa.accuracy_table([qa.Answer(r.kind, r.stratum, r.answer, r.p_yes, 1.0) for r in answers])
+    trust = planted.decide({name: vars(row) for name, row in table.items()}, {}, config.golden)
+    assert not failed and "color" in trust.distrusted and "shape" not in trust.distrusted
+    assert table["kind color"].accuracy < 0.5 < 0.7 < table["kind shape"].accuracy
+
+
 def test_a_verifier_that_is_wrong_throughout_stops_the_round(
     scenes_home: tuple[Path, dict[str, bool]],
 ) -> None:
@@ -869,6 +907,31 @@ def test_too_many_failures_are_refused_and_the_limit_lets_them_through(fresh: Pa
     assert refused.value.exit_code == 3
     assert not (fresh / "run" / "round-1" / "candidates" / "stage.json").exists()
     assert len(failures_of(fresh, "candidates")) == 1
+
+
+def test_a_mutant_tool_loses_no_image_and_stops_with_a_count(fresh: Path) -> None:
+    """Over HTTP: random bytes, nonsense in good JSON, megabytes, empty lists, errors, silence, some sense."""
+    from tests.http_stand_in import StandIn, prompt_of
+    from tests.test_tool_llm import honest, mutant
+
+    replies = mutant(3)
+
+    def answer(body: dict[str, Any]) -> Any:
+        if prompt_of(body) == "yes":  # a probe
+            return "yes"
+        reply = next(replies)
+        return honest(body) if reply == "honest" else reply
+
+    with StandIn(answer) as server:
+        tool = {"type": "server", "urls": [server.url], "timeout": 0.5, "retries": 1, "in_flight": 1}
+        with pytest.raises(Refused, match=r"\d of 5 images failed \(.*tool: .*the limit is 25%") as refused:
+            loop.run(config_of(fresh, tool=tool, max_failed=0.25), flags(fresh))
+        assert refused.value.exit_code == 3
+    keys = {row.key for row in rows_of(fresh, "claims")}
+    failed = [row.key for row in failures_of(fresh, "claims")]
+    assert len(failed) == len(set(failed)) and not keys & set(failed)
+    assert keys | set(failed) == {row.key for row in rows_of(fresh, "candidates")}
+    assert not (fresh / "run" / "round-1" / "claims" / "stage.json").exists()
 
 
 def test_what_the_verifier_cannot_answer_is_a_failure(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:

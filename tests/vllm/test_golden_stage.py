@@ -21,10 +21,15 @@ from tests.tiny import VIEW_SIZE, architecture, tokenizer
 from tests.vllm.conftest import Server
 
 pytestmark = [pytest.mark.vllm, pytest.mark.xdist_group("vllm")]
-IMAGES = 12
-# What follows these tokens, whatever the image: JSON whose one statement is a word that captions like. So the
-# answers of a random model hold up for some images and fail for the others.
-HABITS = {'"': ["west", "south"], "west": '"', "south": '"', "[": "0", ":": ["0", "t"], "0": "]", "}": "]"}
+IMAGES = 16
+# What follows these tokens, whatever the image: captions of a few words, and JSON whose one statement is one
+# of them. So the answers of a random model hold up for some images and fail for the others.
+WORDS = ["Ġwest", "Ġsouth", "Ġred", "Ġstar"]
+HABITS = {
+    **{word: [",", "<|im_end|>"] for word in WORDS},
+    **{",": WORDS, '"': ["west", "south"], "west": '"', "south": '"'},
+    **{"[": "0", ":": ["0", "t"], "0": "]", "}": "]"},
+}
 FLOATS = {"mean_logprob", "p_yes", "label_mass"}
 
 
@@ -39,7 +44,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with torch.no_grad():
         heard = captioner.model.get_input_embeddings().weight
         said = captioner.model.get_output_embeddings().weight
-        said[ids(["Ġwest", "Ġsouth", ","])] *= 3
+        said[ids([*WORDS, ","])] *= 3
         for token, following in HABITS.items():
             direction = torch.randn(heard.shape[1], generator=torch.Generator().manual_seed(ids(token)))
             heard[ids(token)] = 30 * direction / direction.norm()  # drowns what the layers add
@@ -65,7 +70,7 @@ def a_run(home: Path, checkpoint: Path, server: Server) -> Config:
         views={},
         engine=there,
         tool={**there, "max_tokens": 400, "statements": 1},
-        golden={"shard_rows": 2, "samples": 4},
+        golden={"shard_rows": 2, "samples": 4, "sampling": {"max_tokens": 40}},
     )
     Run.open(home / "run", config)
     for place in ("sft/captioner", "round-1/qa/captioner"):
