@@ -10,21 +10,28 @@ import itertools
 import json
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from rich.table import Column, Table
 
 from captioner import prompts
 from captioner.errors import DataError, RunError
-from captioner.runs import row_seed
+from captioner.runs import console, progress, row_seed
+from captioner.views import load_image
+
+if TYPE_CHECKING:
+    from captioner.engines import Engine
+    from captioner.formats.folder import ImageRow
 
 ANSWERS = ("yes", "no")
 OPEN = "open"  # stratum of a question that asks for a word
 WORDINGS = ("question", "question_again")  # prompts that put a statement as a question
+GRAY = (128, 128, 128)  # what the blind baseline sees
 BINS = 10  # of the calibration error
 BAND_GROUP = 40  # answers whose share of "yes" is looked at together
 RIDGE = 0.1  # on the coefficients of a logistic regression
@@ -184,6 +191,38 @@ def accuracy_table(answers: Sequence[Answer], blind: Sequence[Answer] = ()) -> d
         return table
     unseen = {name: accuracy([blind[i] for i in members]).accuracy for name, members in groups.items()}
     return {name: replace(scores, blind=unseen[name]) for name, scores in table.items()}
+
+
+def ask(engine: Engine, rows: Sequence[ImageRow], *, blind: bool = False) -> list[Answer]:
+    """A verifier's raw answers to all yes/no questions of the rows; ``blind``: shown a gray image instead."""
+    from captioner.engines import QuestionBatch
+
+    asked = [[question for question in row.questions or [] if is_yes_no(question)] for row in rows]
+
+    def batches() -> Iterator[QuestionBatch]:
+        for row, own in zip(rows, asked, strict=True):
+            image = load_image(row.path)[0]
+            if blind:
+                image.paste(GRAY, (0, 0, *image.size))
+            yield QuestionBatch(image, [question_text(question) for question in own])
+
+    answers = []
+    with progress("blind" if blind else "yes/no questions", len(rows)) as bar:
+        for own, replies in zip(asked, engine.p_yes(batches()), strict=True):
+            bar.advance()
+            for q, reply in zip(own, replies, strict=True):
+                answers.append(Answer(q["kind"], q["stratum"], q["answer"], reply.p_yes, reply.label_mass))
+    return answers
+
+
+def print_table(accuracies: Mapping[str, Accuracy], title: str = "held out") -> None:
+    table = Table(Column(title, no_wrap=True))
+    for name in ("questions", "accuracy", "precision", "recall", "yes ratio", "calib. error", "blind"):
+        table.add_column(name, justify="right")
+    for name, a in accuracies.items():
+        scores = (a.accuracy, a.precision, a.recall, a.yes_ratio, a.calibration_error, a.blind)
+        table.add_row(name, str(a.count), *("-" if score is None else f"{score:.3f}" for score in scores))
+    console().print(table)
 
 
 # ---- calibration
