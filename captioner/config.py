@@ -261,10 +261,10 @@ class GoldenConfig(Section):
     samples: int = Field(6, ge=1)
     """Captions sampled per image."""
     sampling: SamplingConfig = SamplingConfig()
-    keep: float | None = Field(None, gt=0, lt=1)
-    """Calibrated P(yes) from which a claim is kept; None = from the verifier's held-out questions."""
-    drop: float | None = Field(None, gt=0, lt=1)
-    """Calibrated P(yes) below which a claim is dropped, between the two it abstains; None as `keep`."""
+    keep: float = Field(0.5, gt=0, lt=1)
+    """Probability that it holds from which a claim is kept."""
+    drop: float = Field(0.3, gt=0, lt=1)
+    """Probability below which a claim is dropped; between the two it abstains."""
     reask: tuple[Literal["view", "wording"], ...] | None = None
     """How an undecided claim is asked again: on the view that covers it best, in a second wording.
     None = in the ways that proved right on the verifier's held-out questions."""
@@ -275,9 +275,9 @@ class GoldenConfig(Section):
     """Images whose captions give the planted claims, where facts judge them."""
     min_accuracy: float = Field(0.65, ge=0, le=1)
     """Verifier accuracy on planted claims below which the round is refused."""
-    min_kind_accuracy: float = Field(0.6, ge=0, le=1)
+    min_kind_accuracy: float = Field(0.7, ge=0, le=1)
     """Accuracy on planted claims of a kind below which claims of that kind abstain."""
-    abstain: Literal["majority", "leave_out", "keep"] = "majority"
+    abstain: Literal["majority", "leave_out", "keep"] = "leave_out"
     """An abstained claim stays if most samples state it, is left out, or stays."""
     max_questions: int = Field(120, ge=1)
     """Claims asked about per image; the rarest leave first and are counted."""
@@ -288,7 +288,7 @@ class GoldenConfig(Section):
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
-        if self.drop is not None and self.keep is not None and self.drop > self.keep:
+        if self.drop > self.keep:
             raise ValueError("drop must not lie above keep")
         return self
 

@@ -13,10 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+
 from captioner import prompts, qa, views
 from captioner.config import GoldenConfig, ViewsConfig, ViewsOverride
 from captioner.engines import YesNo
-from captioner.records import Candidate, Claim, Golden
+from captioner.planted import ENOUGH
+from captioner.records import Candidate, Claim, Golden, Planted
 from captioner.tool import Statement, Tool, is_one_statement, normalise, split_statements
 from captioner.views import View
 
@@ -56,17 +59,6 @@ class Thresholds:
     keep: float
     drop: float
     distrusted: Mapping[str, str] = field(default_factory=dict)
-
-
-def thresholds(
-    config: GoldenConfig, calibration: qa.Calibration, distrusted: Mapping[str, str]
-) -> Thresholds:
-    """The thresholds set by hand, else those of the calibration. One set by hand moves the other aside."""
-    keep = calibration.keep if config.keep is None else config.keep
-    drop = calibration.drop if config.drop is None else config.drop
-    if config.keep is None:
-        keep = max(keep, drop)
-    return Thresholds(keep, min(drop, keep), distrusted)
 
 
 # ---- samples
@@ -135,9 +127,59 @@ def whole_statements(candidate: Candidate) -> str:
 # ---- verdicts
 
 
-def confidence(claim: Claim) -> float:
-    """The verifier's probability that the claim holds: P(yes), or P(no) where "no" confirms it."""
+def confirmed(claim: Claim) -> float:
+    """The verifier's probability of the answer that confirms the claim: P(yes), or P(no)."""
     return claim.p_yes if claim.expected == "yes" else 1.0 - claim.p_yes
+
+
+def confidence(claim: Claim) -> float:
+    """How likely the claim holds: by verifier and samples together, where :func:`weigh` could tell."""
+    return confirmed(claim) if claim.p_true is None else claim.p_true
+
+
+def weigh(
+    claims: Sequence[Claim], samples: int, planted: Sequence[Planted], distrusted: Mapping[str, str]
+) -> list[Claim]:
+    """All claims of a round with ``p_true``, except those of ``distrusted`` kinds; ``samples`` per image.
+
+    Log odds = what P(yes) tells + the prior of the kind and the votes. What P(yes) tells is fitted on the
+    planted claims of the kind (Platt 1999), "yes" and "no" weighing the same; where too few are known it is
+    taken as it stands: calibrated on questions half of which are true. The prior is logistic in the log odds
+    of the votes. No answer of the round is needed for it: expectation maximisation finds the one under which
+    the verifier's own answers are most likely (Saerens, Latinne & Decaestecker 2002).
+    """
+    places: dict[str, list[int]] = {}
+    for index, claim in enumerate(claims):
+        places.setdefault(claim.kind, []).append(index)
+    weighed = [claim.model_copy(update={"p_true": None}) for claim in claims]
+    for kind, indices in places.items():
+        if kind in distrusted:
+            continue
+        own = [claims[index] for index in indices]
+        bias, slope = _what_it_tells([row for row in planted if row.kind == kind])
+        told = bias + slope * qa.log_odds([claim.p_yes for claim in own])
+        told = np.where([claim.expected == "yes" for claim in own], told, -told)
+        votes = qa.log_odds([(len(claim.candidates) + 0.5) / (samples + 1) for claim in own])
+        features = np.stack([np.ones(len(own)), votes], axis=1)
+        prior = np.zeros(2)
+        for _ in range(100):
+            before, prior = prior, qa.logistic(features, qa.expit(told + features @ prior))
+            if np.abs(prior - before).max() < 1e-4:
+                break
+        for index, p in zip(indices, qa.expit(told + features @ prior), strict=True):
+            weighed[index] = claims[index].model_copy(update={"p_true": float(p)})
+    return weighed
+
+
+def _what_it_tells(known: Sequence[Planted]) -> tuple[float, float]:
+    """(bias, slope), in log odds of P(yes), of log P(answer | it holds) - log P(answer | it does not)."""
+    true = np.array([row.answer == "yes" for row in known], dtype=float)
+    if len(known) < ENOUGH or not 0 < true.sum() < len(known):
+        return 0.0, 1.0
+    weights = np.where(true == 1, 0.5 / true.mean(), 0.5 / (1 - true.mean()))
+    features = np.stack([np.ones(len(known)), qa.log_odds([row.p_yes for row in known])], axis=1)
+    bias, slope = qa.logistic(features, true, weights)
+    return float(bias), float(slope)
 
 
 def claims(
@@ -211,11 +253,6 @@ def _judged(claim: Claim, thresholds: Thresholds) -> dict[str, str]:
     bounds = {"keep": f"at least {keep:.3f}", "drop": f"below {drop:.3f}", "abstain": "between"}
     asked = "" if claim.first_p_yes is None else ", asked again"
     return {"verdict": said, "why": f"{probability:.3f} is {bounds[said]}{asked}"}
-
-
-def undecided(claim: Claim, thresholds: Thresholds) -> bool:
-    """Whether asking again may decide a judged claim."""
-    return claim.verdict == "abstain" and claim.kind not in thresholds.distrusted
 
 
 def second_question(way: str, statement: str, question: str, plan: Sequence[View]) -> tuple[str, str] | None:

@@ -10,23 +10,31 @@ import itertools
 import json
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from rich.table import Column, Table
 
 from captioner import prompts
 from captioner.errors import DataError, RunError
-from captioner.runs import row_seed
+from captioner.runs import console, progress, row_seed
+from captioner.views import load_image
+
+if TYPE_CHECKING:
+    from captioner.engines import Engine
+    from captioner.formats.folder import ImageRow
 
 ANSWERS = ("yes", "no")
 OPEN = "open"  # stratum of a question that asks for a word
 WORDINGS = ("question", "question_again")  # prompts that put a statement as a question
+GRAY = (128, 128, 128)  # what the blind baseline sees
 BINS = 10  # of the calibration error
 BAND_GROUP = 40  # answers whose share of "yes" is looked at together
+RIDGE = 0.1  # on the coefficients of a logistic regression
 SHARPEST, FLATTEST = 0.05, 20.0  # temperatures that are not exceeded
 
 Question = Mapping[str, Any]  # question, answer, kind, stratum: a row of a data set's `questions` column
@@ -185,6 +193,38 @@ def accuracy_table(answers: Sequence[Answer], blind: Sequence[Answer] = ()) -> d
     return {name: replace(scores, blind=unseen[name]) for name, scores in table.items()}
 
 
+def ask(engine: Engine, rows: Sequence[ImageRow], *, blind: bool = False) -> list[Answer]:
+    """A verifier's raw answers to all yes/no questions of the rows; ``blind``: shown a gray image instead."""
+    from captioner.engines import QuestionBatch
+
+    asked = [[question for question in row.questions or [] if is_yes_no(question)] for row in rows]
+
+    def batches() -> Iterator[QuestionBatch]:
+        for row, own in zip(rows, asked, strict=True):
+            image = load_image(row.path)[0]
+            if blind:
+                image.paste(GRAY, (0, 0, *image.size))
+            yield QuestionBatch(image, [question_text(question) for question in own])
+
+    answers = []
+    with progress("blind" if blind else "yes/no questions", len(rows)) as bar:
+        for own, replies in zip(asked, engine.p_yes(batches()), strict=True):
+            bar.advance()
+            for q, reply in zip(own, replies, strict=True):
+                answers.append(Answer(q["kind"], q["stratum"], q["answer"], reply.p_yes, reply.label_mass))
+    return answers
+
+
+def print_table(accuracies: Mapping[str, Accuracy], title: str = "held out") -> None:
+    table = Table(Column(title, no_wrap=True))
+    for name in ("questions", "accuracy", "precision", "recall", "yes ratio", "calib. error", "blind"):
+        table.add_column(name, justify="right")
+    for name, a in accuracies.items():
+        scores = (a.accuracy, a.precision, a.recall, a.yes_ratio, a.calibration_error, a.blind)
+        table.add_row(name, str(a.count), *("-" if score is None else f"{score:.3f}" for score in scores))
+    console().print(table)
+
+
 # ---- calibration
 
 
@@ -287,6 +327,31 @@ def cross_fitted(answers: Sequence[Answer], images: Sequence[str]) -> list[Answe
         replace(answer, p_yes=scale(answer.p_yes, fitted[side]))
         for answer, side in zip(answers, sides, strict=True)
     ]
+
+
+def log_odds(probabilities: Sequence[float]) -> np.ndarray:
+    return np.array([_logit(p) for p in probabilities], dtype=float)
+
+
+def logistic(features: np.ndarray, targets: np.ndarray, weights: np.ndarray | float = 1.0) -> np.ndarray:
+    """Coefficients (D) of a logistic regression on ``features`` (N, D), targets (N) 0..1; Newton's method.
+
+    The ridge keeps them finite where the classes separate.
+    """
+    found = np.zeros(features.shape[1])
+    for _ in range(30):
+        p = expit(features @ found)
+        slope = features.T @ (weights * (targets - p)) - RIDGE * found
+        bend = (features.T * (weights * p * (1 - p))) @ features + RIDGE * np.eye(len(found))
+        step = np.linalg.solve(bend, slope)
+        found = found + step
+        if np.abs(step).max() < 1e-6:
+            break
+    return found
+
+
+def expit(x: np.ndarray) -> np.ndarray:
+    return 1.0 / (1.0 + np.exp(-np.clip(x, -30.0, 30.0)))
 
 
 def band(answers: Sequence[Answer], target: float) -> tuple[float, float]:

@@ -69,6 +69,7 @@ class Claim(Record):
     verifier: str  # hash of the verifier checkpoint
     view: str  # "all", or the tag of the one view that was asked about as well
     first_p_yes: float | None = None  # of the first asking, where it was undecided and asked again
+    p_true: float | None = None  # by P(yes), kind and votes; None where the verifier is not trusted
     why: str = ""  # what the verdict rests on
 
 

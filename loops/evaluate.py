@@ -1,8 +1,10 @@
-"""captioner evaluate [--round N] [--checkpoint DIR ...]: exact scores of a run's captioners, with intervals.
+"""captioner evaluate [--round N] [--checkpoint DIR ...] [--questions DATA]: scores of a run's captioners.
 
 Greedy captions of held-out images by the base, the SFT captioner and that of every finished round, in one
-table. ``--round N`` compares round N with the captioner it started from, on the gate's images. Captions are
-stored under the hash of what they were made with, so a captioner never runs twice on the same images.
+table, with intervals. ``--round N`` compares round N with the captioner it started from, on the gate's
+images. Captions are stored under the hash of what they were made with, so a captioner never runs twice on the
+same images.
+``--questions DATA`` asks yes/no questions instead and prints how many are answered rightly, by kind.
 """
 
 from __future__ import annotations
@@ -10,19 +12,20 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.table import Table
 
-from captioner import metrics, prompts
+from captioner import metrics, prompts, qa
 from captioner.config import Config, SamplingConfig
 from captioner.engines import CaptionRequest, make_engine
 from captioner.errors import CheckpointError, ConfigError, DataError, Refused, RunError
-from captioner.formats import resolve
+from captioner.formats import questions, resolve
 from captioner.formats.folder import ImageRow, read_folder
 from captioner.metrics import Counts, Interval
 from captioner.records import CaptionRow
@@ -62,12 +65,16 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="stock captioners to add to the table",
     )
+    help_questions = "yes/no questions instead of captions: folder, question file, or scenes:SPLIT:COUNT"
+    parser.add_argument("--questions", metavar="DATA", help=help_questions)
 
 
 def plan(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     run = Run(args.run_dir, config)
     entries, source, where = _what(run, args)
     captioners = ", ".join(f"{entry.name} ({entry.checkpoint})" for entry in entries)
+    if args.questions:
+        return {"captioners": captioners, "questions": args.questions, "writes": where / "questions.json"}
     return {"captioners": captioners, "images": source, "writes": where / "evaluation.json"}
 
 
@@ -85,6 +92,9 @@ def run(config: Config, args: argparse.Namespace) -> int:
     """Write evaluation.json (of the run, or of the round) and print its table."""
     run = Run.open(args.run_dir, config, create=bool(args.checkpoint))
     entries, source, where = _what(run, args)
+    if args.questions:
+        ask(run, entries, args.questions, where / "questions.json")
+        return 0
     if args.round is not None:
         summary, _ = evaluate_round(run, args.round, redo=args.redo)
     else:
@@ -175,6 +185,37 @@ def _existing(path: Path) -> Path:
             "no such checkpoint directory", where=str(path), mend="name an exported captioner"
         )
     return path
+
+
+# ---------------------------------------------------------------- yes/no questions
+
+
+def ask(run: Run, entries: Sequence[Entry], source: str, out: Path) -> None:
+    """Print and write how well each captioner, or verifier, answers, by kind and stratum.
+
+    Raises Refused where more than ``max_failed`` of the questions get no answer.
+    """
+    data = resolve(source, run)
+    rows = questions.read(data, run.config.max_failed)[0] if data.is_file() else read_folder(data)
+    rows = [row for row in rows if any(map(qa.is_yes_no, row.questions or []))]
+    if not rows:
+        raise DataError("no image has yes/no questions", where=str(data), mend="give --questions others")
+    tables = {}
+    for entry in entries:
+        engine = make_engine(entry.checkpoint, run.config)
+        try:
+            asked = qa.ask(engine, rows)
+        finally:
+            engine.close()
+        answers = [each for each in asked if math.isfinite(each.p_yes)]
+        lost = f"{len(asked) - len(answers)} of {len(asked)} questions have no answer by {entry.name}"
+        if len(asked) - len(answers) > run.config.max_failed * len(asked):
+            raise Refused(lost, where=source, mend="look at the engine's messages; --max-failed allows more")
+        table = qa.accuracy_table(answers)
+        qa.print_table(table, entry.name)
+        tables[entry.name] = {name: asdict(row) for name, row in table.items()}
+        print(f"{lost}; accuracy {table['all'].accuracy:.3f}")
+    atomic_write_json(out, {"data": source, "accuracy": tables})
 
 
 # ---------------------------------------------------------------- captions

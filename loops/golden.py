@@ -13,10 +13,10 @@ import argparse
 import json
 import random
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from itertools import groupby
+from itertools import groupby, islice
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -170,9 +170,9 @@ def make_golden(run: Run, plan: Plan, config: Config, *, redo: bool, rethreshold
         tool.close()
     if not is_main():
         return {}
-    ledger = Shards(home / "claims", Claim)
     if rethreshold or not (home / "golden" / "stage.json").is_file():
-        apply_thresholds(ledger, thresholds)
+        asked = Shards(home / "planted", Planted).read_all()
+        settle(Shards(home / "claims", Claim), config.golden.samples, asked, thresholds)
     _golden(run, plan, config, len(images), thresholds, rethreshold)
     return _pairs(run, plan, config, len(images))
 
@@ -336,8 +336,7 @@ def trusted(run: Run, plan: Plan, config: Config, table: Mapping[str, Mapping[st
             where=str(decision),
             mend="more or better questions or steps (captioner qa --redo); golden.min_accuracy is the limit",
         )
-    calibration = qa.Calibration.read(plan.qa / "calibration.json")
-    return golden.thresholds(config.golden, calibration, trust.distrusted)
+    return Thresholds(config.golden.keep, config.golden.drop, trust.distrusted)
 
 
 def _read_table(path: Path) -> dict[str, dict[str, Any]]:
@@ -377,7 +376,7 @@ def _claims(
     calibration = qa.Calibration.read(inputs["calibration"])
     reask = calibration.reask if settings.reask is None else settings.reask
     square = golden.square_plan(plan.verifier, config.views) if "view" in reask else []
-    asker = Asker(tool, thresholds, calibration.temperature, hash_path(plan.verifier), reask, square)
+    asker = Asker(tool, thresholds.distrusted, calibration, hash_path(plan.verifier), reask, square)
 
     def work(
         engine: Engine, part: list[ImageRow], advance: Callable[[], None]
@@ -385,8 +384,7 @@ def _claims(
         failed = [unread[row.key] for row in part if row.key in unread]
         part = [row for row in part if row.key not in unread]
         asked = asker.ask(engine, part, candidates, selections, failed, advance)
-        rows = [claim for claims in asker.ask_again(engine, part, asked, failed) for claim in claims]
-        return golden.judge(rows, thresholds), failed
+        return [claim for own in asker.ask_again(engine, part, asked, failed) for claim in own], failed
 
     parts = _parts(images, settings.shard_rows)
     for index, part in enumerate(parts):
@@ -451,8 +449,8 @@ class Asker:
     """Asks a verifier about the statements of images, and again about what it could not decide."""
 
     tool: Tool
-    thresholds: Thresholds
-    temperature: float
+    distrusted: Collection[str]  # kinds that are not asked again
+    calibration: qa.Calibration
     verifier: str  # its hash
     reask: tuple[str, ...]
     plan: list[View]  # of a square image
@@ -466,7 +464,7 @@ class Asker:
         failed: list[Failed],
         advance: Callable[[], None],
     ) -> dict[str, list[Claim]]:
-        """The judged claims of each image by key, after one question each."""
+        """The claims of each image by key, after one question each."""
         from captioner.engines import QuestionBatch
 
         asked: list[tuple[Candidate, list[Statement]]] = []  # of each image that the engine was given
@@ -486,10 +484,9 @@ class Asker:
         for number, answers in enumerate(engine.p_yes(requests())):
             candidate, statements = asked[number]
             if all(isfinite(answer.p_yes) for answer in answers):
-                made = golden.claims(
-                    candidate, statements, answers, self.tool, self.verifier, self.temperature
+                claims[candidate.key] = golden.claims(
+                    candidate, statements, answers, self.tool, self.verifier, self.calibration.temperature
                 )
-                claims[candidate.key] = golden.judge(made, self.thresholds)
             else:
                 failed.append(Failed(sample=candidate.sample, key=candidate.key, reason=NOT_FINITE))
             advance()
@@ -504,7 +501,8 @@ class Asker:
         second: dict[str, dict[int, list[tuple[str, str]]]] = defaultdict(dict)  # key -> claim -> asked
         for key, own in claims.items():
             for index, claim in enumerate(own):
-                if claim.expected == "yes" and golden.undecided(claim, self.thresholds):
+                unsure = claim.expected == "yes" and qa.undecided(claim.p_yes, self.calibration)
+                if unsure and claim.kind not in self.distrusted:
                     ways = [
                         golden.second_question(way, claim.text, claim.question, self.plan)
                         for way in self.reask
@@ -537,7 +535,8 @@ class Asker:
             for i, asked in second[key].items():
                 replies = [answers[key, i, n] for n in range(len(asked))]
                 if all(isfinite(reply.p_yes) for reply in replies):
-                    claims[key][i] = golden.asked_again(claims[key][i], asked, replies, self.temperature)
+                    again = golden.asked_again(claims[key][i], asked, replies, self.calibration.temperature)
+                    claims[key][i] = again
         return [own for key, own in claims.items() if key not in lost]
 
 
@@ -589,13 +588,15 @@ def _engine(checkpoint: Path, config: Config) -> Iterator[Engine]:
 # ---------------------------------------------------------------- the stages that derive
 
 
-def apply_thresholds(ledger: Shards[Claim], thresholds: Thresholds) -> None:
-    """Bring the ledger's verdicts up to the thresholds: whoever reads it sees what the captions follow."""
-    for index in range(_count(ledger)):
-        rows = ledger.read(index)
-        judged = golden.judge(rows, thresholds)
-        if judged != rows:
-            ledger.write(index, judged)
+def settle(ledger: Shards[Claim], samples: int, asked: list[Planted], thresholds: Thresholds) -> None:
+    """Judge the claims of the whole ledger: whoever reads it sees what the captions follow."""
+    shards = [ledger.read(index) for index in range(_count(ledger))]
+    claims = [claim for rows in shards for claim in rows]
+    judged = iter(golden.judge(golden.weigh(claims, samples, asked, thresholds.distrusted), thresholds))
+    for index, rows in enumerate(shards):
+        made = list(islice(judged, len(rows)))
+        if made != rows:
+            ledger.write(index, made)
 
 
 def _golden(run: Run, plan: Plan, config: Config, images: int, thresholds: Thresholds, redo: bool) -> None:

@@ -15,24 +15,19 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.table import Column, Table
-
 from captioner import distributed, golden, qa
 from captioner.config import AdapterTuning, Config, QAConfig
 from captioner.errors import DataError
 from captioner.formats import questions, resolve
 from captioner.formats.folder import ImageRow, read_folder
-from captioner.runs import Run, atomic_write_json, console, is_main, progress
+from captioner.runs import Run, atomic_write_json, is_main
 from captioner.views import View, load_image
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from captioner.engines import Engine
     from captioner.train import Target, TrainingImages
 
 ENOUGH = 20  # questions that asking again must decide before it is believed
-GRAY = (128, 128, 128)  # what the blind baseline sees
 
 
 def run(config: Config, args: argparse.Namespace) -> int:
@@ -68,7 +63,7 @@ def run(config: Config, args: argparse.Namespace) -> int:
     counts = {"images": len(learned), "held_out_images": len(held), "held_out_questions": overall.count}
     scores = {"accuracy": overall.accuracy, "blind_accuracy": overall.blind, **calibration.model_dump()}
     stage.finish({**counts, **read}, {**metrics, **scores}, asked_again=again)
-    print_table(accuracies)
+    qa.print_table(accuracies)
     print(
         f"temperature {calibration.temperature:.2f}; keep from {calibration.keep:.2f}, drop below "
         f"{calibration.drop:.2f}, so that {config.qa.band_accuracy:.0%} are right on either side"
@@ -152,7 +147,7 @@ def measure(
 
     captioner = model.load(config.model.model_copy(update={"path": str(verifier)}))
     engine = HFEngine(captioner, config.views, config.engine)
-    raw, blind = ask(engine, rows, blind=False), ask(engine, rows, blind=True)
+    raw, blind = qa.ask(engine, rows), qa.ask(engine, rows, blind=True)
     calibration = qa.calibrate(raw, config.qa.band_accuracy)
     answers = qa.scaled(raw, calibration.temperature)
     plan = golden.square_plan(verifier, config.views)
@@ -167,24 +162,6 @@ def measure(
     table = qa.accuracy_table(qa.cross_fitted(raw, keys), blind)
     table |= {"uncalibrated": qa.accuracy(raw), "blind": qa.accuracy(blind)}
     return table, calibration.model_copy(update={"reask": tuple(helpful)}), again
-
-
-def ask(engine: Engine, rows: Sequence[ImageRow], *, blind: bool) -> list[qa.Answer]:
-    """The verifier's raw answers to all yes/no questions of the rows."""
-    from captioner.engines import QuestionBatch
-
-    asked = [[question for question in row.questions or [] if qa.is_yes_no(question)] for row in rows]
-    batches = (
-        QuestionBatch(_image(row, blind), [qa.question_text(question) for question in own])
-        for row, own in zip(rows, asked, strict=True)
-    )
-    answers = []
-    with progress("blind" if blind else "held-out questions", len(rows)) as bar:
-        for own, replies in zip(asked, engine.p_yes(batches), strict=True):
-            bar.advance()
-            for q, reply in zip(own, replies, strict=True):
-                answers.append(qa.Answer(q["kind"], q["stratum"], q["answer"], reply.p_yes, reply.label_mass))
-    return answers
 
 
 def ask_again(
@@ -210,7 +187,7 @@ def ask_again(
             if second and qa.undecided(answer.p_yes, calibration):
                 asked.setdefault((index, second[0]), []).append((answer, second[1]))
     batches = (
-        QuestionBatch(_image(rows[index], False), [text for _, text in own], view)
+        QuestionBatch(load_image(rows[index].path)[0], [text for _, text in own], view)
         for (index, view), own in asked.items()
     )
     pairs = [
@@ -220,20 +197,3 @@ def ask_again(
     ]
     decided, right = qa.decided_rightly(pairs, calibration)
     return {"asked": len(pairs), "decided": decided, "right": right}
-
-
-def _image(row: ImageRow, blind: bool) -> Image.Image:
-    image = load_image(row.path)[0]
-    if blind:
-        image.paste(GRAY, (0, 0, *image.size))
-    return image
-
-
-def print_table(accuracies: dict[str, qa.Accuracy]) -> None:
-    table = Table(Column("held out", no_wrap=True))
-    for title in ("questions", "accuracy", "precision", "recall", "yes ratio", "calib. error", "blind"):
-        table.add_column(title, justify="right")
-    for name, a in accuracies.items():
-        scores = (a.accuracy, a.precision, a.recall, a.yes_ratio, a.calibration_error, a.blind)
-        table.add_row(name, str(a.count), *("-" if score is None else f"{score:.3f}" for score in scores))
-    console().print(table)

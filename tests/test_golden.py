@@ -122,21 +122,103 @@ def test_a_distrusted_kind_always_abstains() -> None:
     judged = golden.judge(claims, bounds)
     assert [each.verdict for each in judged] == ["abstain", "keep", "abstain", "drop"]
     assert [each.why for each in judged if each.kind == "mark"] == ["not trusted with mark"] * 2
-    assert [golden.undecided(each, bounds) for each in judged] == [False] * 4
     [middle] = golden.judge([claim("c", 0.5)], bounds)
-    assert golden.undecided(middle, bounds) and middle.why == "0.500 is between"
+    assert middle.why == "0.500 is between"
 
 
-def test_thresholds_come_from_the_calibration_unless_set() -> None:
-    calibration = qa.Calibration(temperature=1.5, keep=0.7, drop=0.3)
+# ---- how likely a claim is
 
-    def of(**fields: float) -> tuple[float, float]:
-        found = golden.thresholds(GoldenConfig.model_validate(fields), calibration, {})
-        return found.keep, found.drop
 
-    assert of() == (0.7, 0.3)
-    assert of(keep=0.8) == (0.8, 0.3) and of(drop=0.1) == (0.7, 0.1)
-    assert of(keep=0.2) == (0.2, 0.2) and of(drop=0.9) == (0.9, 0.9)
+def test_logistic_regression_is_that_of_a_reference() -> None:
+    """Against minimising the same penalised loss with torch, in float64."""
+    import numpy as np
+    import torch
+
+    rng = np.random.default_rng(0)
+    features, weights = rng.normal(size=(60, 3)), rng.uniform(0.5, 2, 60)
+    targets = rng.uniform(size=60)
+    theirs = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    optimiser = torch.optim.LBFGS(
+        [theirs], max_iter=500, tolerance_grad=1e-14, tolerance_change=1e-16, line_search_fn="strong_wolfe"
+    )
+    x, y, w = (torch.from_numpy(each) for each in (features, targets, weights))
+
+    def loss() -> torch.Tensor:
+        optimiser.zero_grad()
+        nll = torch.nn.functional.binary_cross_entropy_with_logits(x @ theirs, y, w, reduction="sum")
+        total = nll + qa.RIDGE / 2 * (theirs**2).sum()
+        total.backward()
+        return total
+
+    optimiser.step(loss)  # type: ignore[no-untyped-call]
+    assert qa.logistic(features, targets, weights) == pytest.approx(theirs.detach().numpy(), abs=1e-8)
+    apart = qa.logistic(np.array([[-1.0], [1.0]]), np.array([0.0, 1.0]))
+    assert 1 < apart[0] < 10  # where the classes separate, too
+
+
+def asked_round(
+    rng: random.Random, kinds: dict[str, float], count: int, samples: int = 8
+) -> tuple[list[Claim], list[Planted], list[bool]]:
+    """Claims of a made-up round, planted ones, and the truth: as the model behind `weigh` has it.
+
+    ``kinds`` maps a kind to how well P(yes) tells true from false (standard deviations); a third of the
+    claims are true, true ones have more votes, and the verifier says "yes" too readily.
+    """
+    claims, known, truth = [], [], []
+
+    def p_of(true: bool, sharp: float) -> float:
+        return 1 / (1 + math.exp(-(sharp * (1 if true else -1) + rng.gauss(0, math.sqrt(2 * sharp)) + 1.5)))
+
+    for kind, sharp in kinds.items():
+        for i in range(count):
+            true = rng.random() < 1 / 3
+            votes = 1 + sum(rng.random() < (0.5 if true else 0.2) for _ in range(samples - 1))
+            one = claim(f"{kind} {i}", p_of(true, sharp), tuple(range(votes)))
+            claims.append(one.model_copy(update={"kind": kind}))
+            truth.append(true)
+        for i in range(300):
+            p, answer = p_of(i % 2 == 0, sharp), "no" if i % 2 else "yes"
+            known.append(
+                Planted(
+                    sample="s", key="i", text=f"{i}", kind=kind, stratum="", answer=answer, p_yes=p,
+                    label_mass=1.0,
+                )
+            )  # fmt: skip
+    return claims, known, truth
+
+
+def test_votes_and_answers_make_a_calibrated_probability() -> None:
+    """Without knowing one answer of the round, of kinds where the verifier is good and where it is weak."""
+    claims, known, truth = asked_round(random.Random(0), {"color": 2.0, "size": 1.0}, 2000)
+    weighed = golden.weigh(claims, 8, known, {})
+
+    def right(probabilities: list[float]) -> float:
+        return sum((p >= 0.5) == true for p, true in zip(probabilities, truth, strict=True)) / len(truth)
+
+    p_true = [each.p_true or 0.0 for each in weighed]
+    assert right(p_true) > right([each.p_yes for each in claims]) + 0.1
+    assert right(p_true) > right([len(each.candidates) / 8 for each in claims]) + 0.03
+    for low in (0.0, 0.2, 0.4, 0.6, 0.8):
+        members = [(p, true) for p, true in zip(p_true, truth, strict=True) if low <= p < low + 0.2]
+        assert abs(sum(p - true for p, true in members)) / len(members) < 0.08
+    for kind in ("color", "size"):  # the share of true ones is found, though two thirds were answered "yes"
+        own = [each.p_true or 0.0 for each in weighed if each.kind == kind]
+        assert sum(own) / len(own) == pytest.approx(1 / 3, abs=0.05)
+    turned = [each.p_true for each in golden.weigh(claims[::-1], 8, known, {})[::-1]]
+    assert turned == pytest.approx(p_true, abs=1e-3)  # up to where the iteration stops
+
+
+def test_what_is_distrusted_or_unknown() -> None:
+    claims, known, _ = asked_round(random.Random(1), {"color": 2.0, "mark": 0.1, "": 2.0}, 50)
+    weighed = golden.weigh(claims, 8, [row for row in known if row.kind], {"mark": "why"})
+    assert all((each.p_true is None) == (each.kind == "mark") for each in weighed)
+    assert [golden.confidence(each) for each in weighed[50:100]] == [each.p_yes for each in claims[50:100]]
+    again = golden.weigh(weighed, 8, [row for row in known if row.kind], {"mark": "why"})
+    assert again == weighed  # what was weighed before changes nothing
+    turned = [each.model_copy(update={"expected": "no", "p_yes": 1 - each.p_yes}) for each in claims[100:]]
+    for one, other in zip(golden.weigh(turned, 8, [], {}), weighed[100:], strict=True):
+        assert one.p_true == pytest.approx(other.p_true, abs=1e-6)
+    assert golden.weigh([], 8, known, {}) == []
 
 
 # ---- asking again
@@ -550,11 +632,13 @@ def test_a_killed_stage_ends_with_the_same_rows(
     stage = home / "run" / "round-1" / name
     assert [path.name for path in sorted(stage.glob("[0-9]*"))] == ["00000.parquet"]
     assert not (stage / "stage.json").exists()
-    first = (stage / "00000.parquet").stat().st_mtime_ns
+    # claims are written once more when they are judged
+    whole = stage / "failed" / "00000.parquet" if name == "claims" else stage / "00000.parquet"
+    first = whole.stat().st_mtime_ns
     if name in ("golden", "pairs"):
         monkeypatch.setattr("captioner.model.load", no_model)
     assert loop.run(config_of(home), flags(home)) == 0
-    assert (stage / "00000.parquet").stat().st_mtime_ns == first
+    assert whole.stat().st_mtime_ns == first
     for each in loop.STAGES:
         assert rows_of(home, each) == rows_of(finished, each)
     for each in loop.STAGES[:3]:
@@ -565,7 +649,7 @@ def test_rethreshold_runs_no_model(finished: Path, tmp_path: Path, monkeypatch: 
     home = copy_of(finished, tmp_path)
     monkeypatch.setattr("captioner.model.load", no_model)
     old = rows_of(home, "claims")
-    keep = max(row.p_yes for row in old)
+    keep = max(map(golden.confidence, old))
     with pytest.raises(RunError, match=r"keep.*\n.*\n.*--rethreshold"):
         loop.run(config_of(home, golden={"keep": keep}), flags(home))
     assert rows_of(home, "claims") == old
@@ -688,6 +772,42 @@ def test_a_verifier_turned_for_one_kind_is_caught(
     assert "abstain" not in {row.verdict for row in rows_of(home, "claims")} or not confident
 
 
+def test_a_verifier_trained_on_turned_labels_is_caught(tmp_path: Path) -> None:
+    """A real one: the shipped base, its adapter trained with "yes" and "no" of colors exchanged."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from captioner import model
+    from captioner.engines import make_engine
+    from captioner.formats.folder import ImageRow, read_folder
+    from loops import qa as qa_loop
+
+    scenes.write("qa", 48, tmp_path / "asked")
+    rows = pq.read_table(tmp_path / "asked" / "metadata.parquet").to_pylist()
+    for question in (question for row in rows for question in row["questions"]):
+        if question["kind"] == "color" and qa.is_yes_no(question):
+            question["answer"] = "no" if question["answer"] == "yes" else "yes"
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "asked" / "metadata.parquet")
+    training = {"steps": 80, "batch_size": 8, "learning_rate": 5e-3, "save_steps": 80}
+    config = Config.model_validate({"views": {"levels": [1], "center": False}, "qa": {"training": training}})
+    base = model.checkpoint_path("scenes-base")
+    qa_loop.train_verifier(config, base, read_folder(tmp_path / "asked"), tmp_path / "qa")
+
+    scenes.write("round", 24, tmp_path / "round")
+    asked = []
+    for row in read_folder(tmp_path / "round"):
+        said, facts = scenes.statements(scenes.Scene.from_json(row.facts or "")), row.facts or ""
+        claims = planted.plant(said, facts, loop.PLANTED_PER_IMAGE, random.Random(0))
+        asked.append(ImageRow(row.key, row.path, questions=[dict(each) for each in claims]))
+    engine = make_engine(tmp_path / "qa" / "captioner", config)
+    answers, failed = loop._ask_planted(engine, asked, 1.0, lambda: None)
+    engine.close()
+    table = qa.accuracy_table([qa.Answer(r.kind, r.stratum, r.answer, r.p_yes, 1.0) for r in answers])
+    trust = planted.decide({name: vars(row) for name, row in table.items()}, {}, config.golden)
+    assert not failed and "color" in trust.distrusted and "shape" not in trust.distrusted
+    assert table["kind color"].accuracy < 0.5 < 0.7 < table["kind shape"].accuracy
+
+
 def test_a_verifier_that_is_wrong_throughout_stops_the_round(
     scenes_home: tuple[Path, dict[str, bool]],
 ) -> None:
@@ -757,9 +877,7 @@ def test_undecided_claims_are_asked_again(
     assert loop.run(config, flags(home)) == 0
     claims = rows_of(home, "claims")
     sizes = [row for row in claims if row.kind == "size"]
-    assert sizes and all(row.first_p_yes == pytest.approx(0.49) for row in sizes)
-    kept = [(row.key, row.slot) for row in sizes if row.verdict == "keep"]  # small or large, not both
-    assert sorted(kept) == sorted({(row.key, row.slot) for row in sizes})
+    assert sizes and all(row.first_p_yes == pytest.approx(0.49) and row.p_yes > 0.6 for row in sizes)
     assert all(row.first_p_yes is None and row.view == "all" for row in claims if row.kind != "size")
     corners = {"northwest": "top left", "southeast": "bottom right", "center": "center", "north": "all"}
     for row in sizes:
@@ -816,6 +934,31 @@ def test_too_many_failures_are_refused_and_the_limit_lets_them_through(fresh: Pa
     assert refused.value.exit_code == 3
     assert not (fresh / "run" / "round-1" / "candidates" / "stage.json").exists()
     assert len(failures_of(fresh, "candidates")) == 1
+
+
+def test_a_mutant_tool_loses_no_image_and_stops_with_a_count(fresh: Path) -> None:
+    """Over HTTP: random bytes, nonsense in good JSON, megabytes, empty lists, errors, silence, some sense."""
+    from tests.http_stand_in import StandIn, prompt_of
+    from tests.test_tool_llm import honest, mutant
+
+    replies = mutant(3)
+
+    def answer(body: dict[str, Any]) -> Any:
+        if prompt_of(body) == "yes":  # a probe
+            return "yes"
+        reply = next(replies)
+        return honest(body) if reply == "honest" else reply
+
+    with StandIn(answer) as server:
+        tool = {"type": "server", "urls": [server.url], "timeout": 0.5, "retries": 1, "in_flight": 1}
+        with pytest.raises(Refused, match=r"\d of 5 images failed \(.*tool: .*the limit is 25%") as refused:
+            loop.run(config_of(fresh, tool=tool, max_failed=0.25), flags(fresh))
+        assert refused.value.exit_code == 3
+    keys = {row.key for row in rows_of(fresh, "claims")}
+    failed = [row.key for row in failures_of(fresh, "claims")]
+    assert len(failed) == len(set(failed)) and not keys & set(failed)
+    assert keys | set(failed) == {row.key for row in rows_of(fresh, "candidates")}
+    assert not (fresh / "run" / "round-1" / "claims" / "stage.json").exists()
 
 
 def test_what_the_verifier_cannot_answer_is_a_failure(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:

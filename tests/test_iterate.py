@@ -97,6 +97,7 @@ def arguments(run: Run, **values: Any) -> argparse.Namespace:
         "redo": False,
         "dry_run": False,
         "checkpoint": [],
+        "questions": None,
     }
     return argparse.Namespace(**common | values)
 

@@ -21,6 +21,7 @@ from captioner.errors import DataError, Refused
 from captioner.formats import questions
 from captioner.runs import Run
 from loops import qa as loop
+from loops.cli import main
 from tests.tiny import tiny_checkpoint
 
 IMAGES = (
@@ -217,3 +218,26 @@ def test_a_verifier_learns_from_a_question_file(tmp_path: Path) -> None:
     assert counts["images"] + counts["held_out_images"] in (11, 12)
     used, _ = loop.read_rows(file, config, 0)
     assert Counter(q["answer"] for row in used for q in row.questions or []) == {"yes": 6, "no": 6}
+
+
+def test_evaluate_asks_questions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The scores of `captioner evaluate --questions` are those of the engine's own answers."""
+    from captioner import qa
+    from captioner.engines import make_engine
+    from captioner.formats.folder import read_folder
+
+    scenes.write("qa", 3, tmp_path / "asked")
+    checkpoint = tiny_checkpoint(tmp_path / "verifier").path
+    job = ["evaluate", "--run", str(tmp_path / "run"), "--checkpoint", str(checkpoint)]
+    job += ["--model.path", str(checkpoint), "--questions", str(tmp_path / "asked")]
+    assert main(job) == 0
+    written = json.loads((tmp_path / "run" / "questions.json").read_text())["accuracy"]
+    engine = make_engine(Path(checkpoint), Config())
+    expected = qa.accuracy_table(qa.ask(engine, read_folder(tmp_path / "asked")))
+    assert written["verifier"] == {name: vars(row) for name, row in expected.items()} == written["base"]
+    printed = capsys.readouterr().out
+    assert "kind color" in printed and f"{expected['kind color'].accuracy:.3f}" in printed
+    (tmp_path / "empty").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "empty" / "a.png")
+    assert main([*job[:-1], str(tmp_path / "empty")]) == 2
+    assert "no image has yes/no questions" in capsys.readouterr().err

@@ -127,12 +127,13 @@ class Servers:
     ) -> tuple[R, Server]:
         """The answer to a chat completion as ``read`` understands it, and the server that gave it.
 
-        ``body`` makes the request for a server and the number of the try (from 0). ``read`` raises
-        :class:`Unanswered` for an answer that is no good, which is tried again like a server's failure.
+        ``body`` makes the request for a server, given how many answers to it were no good: tries that a dying
+        server cost do not count, or its death would change what is asked. ``read`` raises :class:`Unanswered`
+        for an answer that is no good, which is tried again like a server's failure.
         Raises :class:`Unanswered` after the last try, EngineError where none answers for ``wait`` seconds.
         """
         last: Server | None = None
-        number = 0
+        wrong = broken = 0
         while True:
             server = await self._pick(prefer, last)
             server.load += 1
@@ -140,21 +141,23 @@ class Servers:
                 async with server.slots:
                     if not server.up:  # it failed while this waited for its slot: no try of this request
                         continue
-                    answer = await self._send(server, body(server, number))
+                    answer = await self._send(server, body(server, wrong))
                 return read(answer), server
             except Rejected:
                 raise
             except Unanswered as error:
-                reason = str(error)
+                reason, wrong = str(error), wrong + 1
+                tries = wrong
             except (httpx.HTTPError, TimeoutError, OSError) as error:
-                reason = f"{type(error).__name__} {error}".strip()
+                reason, broken = f"{type(error).__name__} {error}".strip(), broken + 1
+                tries = broken
                 self._out(server, reason)
             finally:
                 server.load -= 1
-            number, last = number + 1, server
-            if number > self.config.retries:
-                raise Unanswered(f"{reason} ({number} tries)")
-            await asyncio.sleep(_pause(number))
+            last = server
+            if tries > self.config.retries:
+                raise Unanswered(f"{reason} ({tries} tries)")
+            await asyncio.sleep(_pause(tries))
 
     async def _send(
         self, server: Server, body: dict[str, Any], seconds: float | None = None

@@ -2,7 +2,8 @@
 
 One captioner, one verifier, the same samples: each arm is another way to make one caption of them.
 `recovered` is the share of what the mean sample misses that an arm says, `less false` by how much its share
-of false statements is smaller. The rows by kind say what the filter loses of the union of the samples.
+of false statements is smaller. `golden by P(yes) alone` counts no votes. The rows by kind say what the filter
+loses of the union of the samples.
 """
 
 from __future__ import annotations
@@ -96,6 +97,10 @@ def _arms(config: GoldenConfig) -> list[tuple[str, Arm]]:
         ("union", caption(lambda *_: True)),
         ("majority vote", caption(lambda claim, count: 2 * len(claim.candidates) > count)),
         ("golden", caption(lambda claim, count: golden.stays(claim, count, config.abstain))),
+        (
+            "golden by P(yes) alone",
+            caption(lambda claim, _: claim.p_true is not None and golden.confirmed(claim) >= config.keep),
+        ),
         ("golden, abstained left out", caption(lambda claim, _: claim.verdict == "keep")),
         ("golden, abstained kept", caption(lambda claim, _: claim.verdict != "drop")),
     ]
