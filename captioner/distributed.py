@@ -146,6 +146,15 @@ def main_first(device: str) -> Generator[None, None, None]:
         yield
 
 
+def leave() -> None:
+    """Wait for the other ranks, then part: one that ends before them tears down what they still use."""
+    import torch
+
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
 def _wait_for_the_cause(*error: Any) -> None:
     """A lost connection is mostly another rank's failure: the launcher tells that and ends this process."""
     time.sleep(CONSEQUENCE_S)

@@ -145,7 +145,13 @@ def rank() -> int:
     job = json.load(sys.stdin)
     module = importlib.import_module(COMMANDS[job["command"]].module)
     args = Args(**job["args"] | {"run_dir": Path(job["args"]["run_dir"])})
-    return _guarded(lambda: module.run(Config.model_validate(job["config"]), args) or 0)
+
+    def run() -> int:
+        code = module.run(Config.model_validate(job["config"]), args) or 0
+        distributed.leave()
+        return code
+
+    return _guarded(run)
 
 
 def _guarded(run: Callable[[], int]) -> int:
