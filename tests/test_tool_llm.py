@@ -202,7 +202,7 @@ def test_a_wrong_answer_is_asked_for_again_in_another_way(tmp_path: Path) -> Non
 
 
 def test_what_a_sick_server_cost_changes_nothing_that_is_asked(tmp_path: Path) -> None:
-    """Neither the temperature nor the number of answers that may be wrong: a crash must not show in the rows."""
+    """Neither the temperature nor how many answers may be wrong: a crash must not show in the rows."""
     replies: list[Reply] = [(500, b""), (503, b""), "no JSON", (500, b""), "no JSON"]
 
     def answer(body: dict[str, Any]) -> Reply:
