@@ -82,7 +82,7 @@ def by_generate(engine: HFEngine, batch: QuestionBatch) -> list[float]:
             output_logits=True,
         )
         scores = out.logits[0][0].float()
-        yes, no = scores[engine._yes].logsumexp(0), scores[engine._no].logsumexp(0)
+        yes, no = scores[engine._words.yes].logsumexp(0), scores[engine._words.no].logsumexp(0)
         answers.append(float(torch.sigmoid(yes - no)))
     return answers
 

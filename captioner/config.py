@@ -197,7 +197,7 @@ class QAConfig(Section):
     language_width: int = Field(64, ge=1)
     """Inner units of the QA adapter of each language layer."""
     band_accuracy: float = Field(0.7, ge=0.5, lt=1)
-    """What "yes" and "no" must reach on held-out questions; P(yes) where they do not abstains."""
+    """What "yes" and "no" must reach on held-out questions; where they do not, a claim may be asked again."""
     training: TrainingConfig = TrainingConfig(steps=150)
 
 

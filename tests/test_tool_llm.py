@@ -201,6 +201,24 @@ def test_a_wrong_answer_is_asked_for_again_in_another_way(tmp_path: Path) -> Non
         tool.close()
 
 
+def test_what_a_sick_server_cost_changes_nothing_that_is_asked(tmp_path: Path) -> None:
+    """Neither the temperature nor how many answers may be wrong: a crash must not show in the rows."""
+    replies: list[Reply] = [(500, b""), (503, b""), "no JSON", (500, b""), "no JSON"]
+
+    def answer(body: dict[str, Any]) -> Reply:
+        if prompt_of(body) == "yes":  # a probe
+            return "yes"
+        return replies.pop(0) if replies else honest(body)
+
+    with StandIn(answer) as server:
+        tool = llm(server, tmp_path, retries=3)
+        assert tool.merge(CAPTIONS)
+        asked = [body for body in server.requests if prompt_of(body) != "yes"]
+        assert [body["temperature"] for body in asked] == [0.0, 0.0, 0.0, 0.7, 0.7, 0.7]
+        assert [body["seed"] for body in asked] == [0, 0, 0, 1, 1, 2]
+        tool.close()
+
+
 def mutant(seed: int) -> Iterator[Reply]:
     """Every way to be wrong, in any order, now and then the right one."""
     draw = random.Random(seed)

@@ -22,6 +22,7 @@ from captioner.runs import Run, Shards
 from captioner.tool import split_statements
 from loops import golden as golden_loop
 from loops import qa, sft
+from loops.iterate import arguments
 
 COLUMNS = {
     "precision": "precision",
@@ -43,9 +44,9 @@ Arm = Callable[[list[Candidate], list[Claim]], list[str]]  # captions of an imag
 
 def measure(config: Config, work: Path) -> Iterator[tuple[str, dict[str, float]]]:
     run_dir = work / "run"
-    args = argparse.Namespace(run_dir=run_dir, redo=False, round=1, rethreshold=None)
+    args = argparse.Namespace(run_dir=run_dir, redo=False)
     for loop in (sft, qa, golden_loop):
-        loop.run(config, args)
+        loop.run(config, arguments(loop, args, round=1))
     run = Run.open(run_dir, config, create=False)
     images = _images(run)
     said = {
