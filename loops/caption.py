@@ -14,7 +14,6 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +134,7 @@ def _job(
     listing, shards, images = hashlib.sha256(), 0, 0
     known = True
     for shard in source.shards():
-        listing.update(json.dumps([*asdict(shard).values(), _size(shard.location)]).encode())
+        listing.update(json.dumps([*vars(shard).values(), _size(shard.location)]).encode())
         shards += 1
         known &= shard.rows is not None
         images += shard.rows or 0
