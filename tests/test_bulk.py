@@ -415,11 +415,14 @@ def test_the_status_file_and_prometheus_say_what_is_done(tmp_path: Path, checkpo
     assert found["images"] == {"total": 30, "before": 0, "done": 30, "failed": 1}
     assert found["shards"] == {"total": 6, "done": 6} and found["state"] == "done"
     assert found["workers"]["0"]["images"] == 30 and found["images_per_s"] > 0 and found["tokens_per_s"] > 0
+    assert found["workers"]["0"]["images_per_s"] == found["images_per_s"]  # of the one worker
     lines = dict(
         line.rsplit(" ", 1) for line in (tmp_path / "job.prom").read_text().splitlines() if line[0] != "#"
     )
     assert lines["captioner_images_done"] == "30" and lines["captioner_images_failed"] == "1"
     assert lines["captioner_running"] == "0" and lines['captioner_worker_images{worker="0"}'] == "30"
+    assert lines['captioner_worker_deaths{worker="0"}'] == "0"
+    assert float(lines['captioner_worker_images_per_second{worker="0"}']) == found["images_per_s"]
 
 
 def test_another_job_cannot_use_the_output(
