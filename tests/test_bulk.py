@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import math
+import multiprocessing
 import os
 import random
 import select
@@ -309,6 +310,59 @@ def test_every_worker_has_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.delenv(local.DEVICES)
     monkeypatch.setattr(local, "devices", lambda: ["0", "1"])
     assert seen(None, workers=2) == ["0", "1"]
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that has ended and is not yet collected does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("end", ["killed", "died", "closed", "orphaned"])
+def test_what_a_worker_has_started_ends_with_it(end: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the processes of vLLM, which would keep the memory of the device from the next worker."""
+
+    def work(settings: Settings, executor: Any, receive: Any, emit: Any) -> None:
+        engine = subprocess.Popen(["sleep", "600"])
+        emit(("started", os.getpid(), engine.pid))
+        receive()
+
+    monkeypatch.setattr(local, "work", work)
+
+    def coordinate(connection: Any) -> None:
+        pool = LocalPool(Settings(Config(), Path(), "m", "c"), 0)
+        pool.start(0)
+        while not (events := pool.poll(1.0)):
+            pass
+        [(_, (_, worker, engine))] = events
+        connection.send((worker, engine))
+        if end == "killed":
+            pool.kill(0)
+        elif end == "died":
+            os.kill(worker, signal.SIGKILL)
+        elif end == "closed":
+            pool.close()
+        else:
+            time.sleep(600)
+        while end != "closed" and not pool.poll(1.0):
+            pass
+
+    ours, theirs = multiprocessing.Pipe()
+    coordinator = multiprocessing.get_context("fork").Process(target=coordinate, args=(theirs,))
+    coordinator.start()
+    worker, engine = ours.recv()
+    if end == "orphaned":
+        assert alive(worker) and alive(engine)
+        coordinator.kill()
+    coordinator.join()
+    assert coordinator.exitcode == (-signal.SIGKILL if end == "orphaned" else 0)
+    late = time.monotonic() + 30
+    while (alive(worker) or alive(engine)) and time.monotonic() < late:
+        time.sleep(0.05)
+    assert not alive(worker) and not alive(engine)
 
 
 def test_workers_that_only_die_end_the_job(
