@@ -483,16 +483,19 @@ def test_another_job_cannot_use_the_output(
     tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    out.mkdir()
+    assert cli.main(words("scenes:test:2", out, checkpoint)) == 0
+    before = rows(out)
     code = (
         f"import time; from pathlib import Path; from captioner.runs import lock\n"
-        f"held = lock(Path({str(out)!r})); print('held', flush=True); time.sleep(60)"
+        f"held = lock(Path({str(out)!r})); print('held', flush=True); time.sleep(600)"
     )
     holder = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout and holder.stdout.readline() == "held\n"
-        assert cli.main(words("scenes:test:2", out, checkpoint)) == 2
-        assert "another process works in this output" in capsys.readouterr().err
+        for more in ([], ["--redo"]):
+            assert cli.main(words("scenes:test:2", out, checkpoint, *more)) == 2
+            assert "another process works in this output" in capsys.readouterr().err
+            assert rows(out) == before
     finally:
         holder.kill()
         holder.wait()
