@@ -14,7 +14,6 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -78,12 +77,13 @@ def run(config: Config, args: argparse.Namespace) -> int:
         raise ConfigError("caption.best_of needs the scores of --verify", mend="add --verify")
     checkpoint = _checkpoint(config, args)
     output.check_free(args.out)
+    held = _lock(args.out) if args.out.is_dir() else None  # before anything of another job is removed
     source = _Source(config, args)
     if args.redo:
         output.remove(args.out)
     job, shards, images = _job(config, args, source, checkpoint)
     args.out.mkdir(parents=True, exist_ok=True)
-    held = lock(args.out, "output", "--out")
+    held = held or _lock(args.out)
     found = output.claim(args.out, job)
     settings = _settings(config, args, checkpoint, job)
     before = found.tally.rows
@@ -96,6 +96,11 @@ def run(config: Config, args: argparse.Namespace) -> int:
     del held
     _judge(found, config, lost)
     return 0
+
+
+def _lock(out: Path) -> object:
+    """Holds the output as long as it is referred to; RunError where another job does."""
+    return lock(out, "output", "--out")
 
 
 class _Source:
@@ -135,7 +140,7 @@ def _job(
     listing, shards, images = hashlib.sha256(), 0, 0
     known = True
     for shard in source.shards():
-        listing.update(json.dumps([*asdict(shard).values(), _size(shard.location)]).encode())
+        listing.update(json.dumps([*vars(shard).values(), _size(shard.location)]).encode())
         shards += 1
         known &= shard.rows is not None
         images += shard.rows or 0
@@ -217,14 +222,18 @@ def _caption(
 
 def _pool(settings: Settings, args: argparse.Namespace, missing: int) -> tuple[Pool, int]:
     """Where the workers run, and how many there are: no more than shards are missing."""
-    model = settings.config.model
     if args.runner == "local":
-        gpus = len(devices()) if model.device in ("auto", "cuda") else 0
-        workers = min(args.workers or max(1, gpus), missing)
+        workers = min(_workers(settings.config, args), missing)
         return LocalPool(settings, _processes(settings.config, workers)), workers
     from captioner.bulk import cluster
 
     return cluster.pool(settings, args.workers, missing)
+
+
+def _workers(config: Config, args: argparse.Namespace) -> int:
+    """Engines at work on this machine."""
+    gpus = len(devices()) if config.model.device in ("auto", "cuda") else 0
+    return args.workers or max(1, gpus)
 
 
 def _processes(config: Config, workers: int) -> int:
@@ -286,7 +295,7 @@ def _estimate(config: Config, args: argparse.Namespace) -> int:
         found = estimate(settings, engine, shards, args.estimate)
     finally:
         engine.close()
-    workers = args.workers or max(1, len(devices()))
+    workers = _workers(config, args)
     processes = _processes(config, workers)
     rates = found.rates(workers, processes)
     slowest = min(rates, key=lambda stage: rates[stage])

@@ -20,7 +20,7 @@ import webdataset
 from PIL import Image
 
 from captioner.errors import DataError
-from captioner.formats import source
+from captioner.formats import tables, tars
 from captioner.formats.source import Item, ShardRef, open_source, read_shard
 
 
@@ -209,7 +209,7 @@ def test_tars_are_read_as_webdataset_reads_them(tmp_path: Path) -> None:
 
 
 def test_hostile_members(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(source, "MAX_BYTES", 1000)
+    monkeypatch.setattr(tars, "MAX_BYTES", 1000)
     path = tmp_path / "x.tar"
     with tarfile.open(path, "w") as file:
 
@@ -450,8 +450,8 @@ def test_images_of_the_hub_are_fetched_and_others_are_not(monkeypatch: pytest.Mo
     paths = ("hf://d/a.png", "zip://a.png::hf://d/b", "http://x/y")
     kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
     batch = pa.table({"image": pa.array([{"path": path} for path in paths], kind)})
-    columns = source._columns(batch.schema, "x")
-    items = [source._row(batch, i, columns, str(i), Path("/")) for i in range(3)]
+    columns = tables.columns_of(batch.schema, "x")
+    items = [tables.row_item(batch, i, columns, str(i), Path("/")) for i in range(3)]
     assert [i.image for i in items] == [b"remote", b"remote", None]
     assert asked == ["hf://d/a.png", "zip://a.png::hf://d/b"]
 

@@ -114,21 +114,26 @@ class LocalPool:
                 while connection in ready and connection.poll():  # also after its end: then recv tells
                     found.append((worker, connection.recv()))
             except (EOFError, OSError):
-                self.kill(worker)
-                process.join()
                 alive = False
             if not alive:
+                self.kill(worker)
+                process.join()
                 del self._running[worker]
                 connection.close()
                 found.append((worker, ("died", _reason(process.exitcode))))
         return found
 
     def kill(self, worker: int) -> None:
-        self._running[worker][0].kill()
+        """End a worker and what it started: an engine's own processes would keep the memory of the device."""
+        process = self._running[worker][0]
+        process.kill()
+        assert process.pid  # 0 would be our own group
+        with contextlib.suppress(ProcessLookupError):  # all gone, or no group yet
+            os.killpg(process.pid, signal.SIGKILL)
 
     def close(self) -> None:
-        for process, _ in self._running.values():
-            process.kill()
+        for worker in self._running:
+            self.kill(worker)
         for process, connection in self._running.values():
             process.join()
             connection.close()
@@ -143,7 +148,7 @@ def executor(processes: int, ahead: int) -> Executor:
 def _main(
     connection: Connection, parent: int, device: str | None, settings: Settings, processes: int
 ) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: the coordinator ends its workers
+    os.setpgid(0, 0)  # it ends with all that it starts; and a terminal's ^C is the coordinator's business
     _end_with(parent)
     if device is not None:
         os.environ[DEVICES] = device
@@ -161,12 +166,13 @@ def _main(
 
 
 def _end_with(parent: int) -> None:
-    """End this process when its parent is gone: a pipe would not tell, for its siblings hold it open, too."""
+    """End the process group when this process's parent is gone: a pipe would not tell, for its siblings hold
+    it open, too."""
 
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(0.5)
-        os._exit(1)
+        os.killpg(0, signal.SIGKILL)
 
     threading.Thread(target=watch, daemon=True).start()
 

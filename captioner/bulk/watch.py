@@ -8,7 +8,7 @@ import sys
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,16 @@ class _Worker:
     state: str = "starting"
     images: int = 0
     deaths: int = 0
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """What was done at a time, from which rates are taken."""
+
+    time: float
+    images: int = 0
+    tokens: int = 0
+    workers: dict[int, int] = field(default_factory=dict)  # images of each
 
 
 class Tripwires:
@@ -122,7 +132,7 @@ class Watch:
         self.workers: dict[int, _Worker] = {}
         self.wires = Tripwires(config.tripwires)
         self.started = time.monotonic()
-        self._samples: deque[tuple[float, int, int]] = deque([(self.started, 0, 0)])
+        self._samples: deque[_Sample] = deque([_Sample(self.started)])
         self._written = -math.inf
         self._begun = _now()
 
@@ -152,8 +162,9 @@ class Watch:
         if not force and now - self._written < self.config.status_every:
             return
         self._written = now
-        self._samples.append((now, self.done, self.tokens))
-        while len(self._samples) > 2 and now - self._samples[1][0] > WINDOW:
+        each = {number: worker.images for number, worker in self.workers.items()}
+        self._samples.append(_Sample(now, self.done, self.tokens, each))
+        while len(self._samples) > 2 and now - self._samples[1].time > WINDOW:
             self._samples.popleft()
         status = self.status(state)
         atomic_write_json(self.output.out / STATUS, status)
@@ -166,9 +177,9 @@ class Watch:
 
     def status(self, state: str) -> dict[str, Any]:
         """The fields of the status file; see docs/bulk.md."""
-        (then, images, tokens), (now, *_) = self._samples[0], self._samples[-1]
-        seconds = max(now - then, 1e-9)
-        rate = (self.done - images) / seconds
+        then, now = self._samples[0], self._samples[-1].time
+        seconds = max(now - then.time, 1e-9)
+        rate = (self.done - then.images) / seconds
         total = self._total()
         left = None if total is None else max(0, total - self.before - self.done)
         return {
@@ -179,9 +190,13 @@ class Watch:
             "images": {"total": total, "before": self.before, "done": self.done, "failed": self.failed},
             "shards": {"total": self.shards, "done": len(self.output.done)},
             "images_per_s": round(rate, 3),
-            "tokens_per_s": round((self.tokens - tokens) / seconds, 1),
+            "tokens_per_s": round((self.tokens - then.tokens) / seconds, 1),
             "left_s": round(left / rate) if left is not None and rate > 0 else None,
-            "workers": {str(number): asdict(worker) for number, worker in self.workers.items()},
+            "workers": {
+                str(number): asdict(worker)
+                | {"images_per_s": round((worker.images - then.workers.get(number, 0)) / seconds, 3)}
+                for number, worker in self.workers.items()
+            },
             "warnings": self.warnings[-20:],
         }
 
@@ -223,9 +238,10 @@ def prometheus(status: dict[str, Any]) -> str:
     for name, value in values.items():
         if value is not None:
             lines += [f"# TYPE captioner_{name} gauge", f"captioner_{name} {value}"]
-    lines.append("# TYPE captioner_worker_images gauge")
-    for number, worker in status["workers"].items():
-        lines.append(f'captioner_worker_images{{worker="{number}"}} {worker["images"]}')
+    for name, key in (("images", "images"), ("images_per_second", "images_per_s"), ("deaths", "deaths")):
+        lines.append(f"# TYPE captioner_worker_{name} gauge")
+        for number, worker in status["workers"].items():
+            lines.append(f'captioner_worker_{name}{{worker="{number}"}} {worker[key]}')
     return "\n".join(lines) + "\n"
 
 

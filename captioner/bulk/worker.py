@@ -297,9 +297,11 @@ class Worker:
         rows = []
         for each, candidates, lists, texts in zip(waiting, group, stated, asked, strict=True):
             p_yes = {t: a.p_yes for t, a in zip(texts, next(answers), strict=True)} if texts else {}
-            scores = [sum(p_yes[text] - 0.5 for text in statements) for statements in lists]
             # the most statements that are likely true, less those that are likely not; equal ones: the first
-            best = max(range(len(scores)), key=lambda k: (candidates[k].text.strip() != "", scores[k], -k))
+            scores = [sum(p_yes[text] - 0.5 for text in statements) for statements in lists]
+            said = [candidate.text.strip() != "" for candidate in candidates]
+            judged = [yes and not math.isnan(score) for yes, score in zip(said, scores, strict=True)]
+            best = max(range(len(scores)), key=lambda k: (judged[k], said[k], scores[k]))
             rows.append(self._judged(each.sha, candidates[best], lists[best], p_yes))
         return rows
 

@@ -38,6 +38,8 @@ class RayTasks:
     crashed: tuple[type[Exception], ...] = (
         ray.exceptions.WorkerCrashedError,
         ray.exceptions.OutOfMemoryError,
+        ray.exceptions.NodeDiedError,
+        ray.exceptions.ObjectLostError,  # of a node that died before the engine took it
     )
 
     def __init__(self, ahead: int):
@@ -92,10 +94,12 @@ class RayPool:
         executor: Callable[[], Any],
         *,
         gpus_each: float,
-        cpus_each: float = 1,
     ):
+        # With a GPU or without, an actor keeps no core to itself: those that it kept could prepare no images,
+        # and where actors had them all, each would wait for its images for ever.
+        room = {"num_gpus": gpus_each, "num_cpus": 0} if gpus_each else {"scheduling_strategy": "SPREAD"}
         self._make = _Actor.options(  # type: ignore[attr-defined]
-            num_gpus=gpus_each, num_cpus=cpus_each, max_restarts=0, max_concurrency=2
+            max_restarts=0, max_concurrency=2, **room
         )
         self._arguments = work, settings, executor
         self._actors: dict[int, Any] = {}

@@ -6,11 +6,12 @@ by `captioner serve`.
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -24,6 +25,10 @@ from captioner.records import Candidate
 from captioner.render import Renderer
 from captioner.runs import row_seed
 
+T = TypeVar("T")
+Prompt = tuple[dict[str, Any], list[int]]  # for vLLM, and the ids that it must make of it
+# What one image wants: yields requests (prompt and sampling parameters), is sent their completions, returns.
+Job = Generator[list[tuple[Prompt, Any]], Any, T]
 ROOM = 1024  # tokens behind the images: a question or a prompt, and the longest caption
 NARROWEST_HEAD = 32  # what vLLM's attention kernels have
 
@@ -64,6 +69,16 @@ def settings(captioner: Captioner, renderer: Renderer, config: EngineConfig, dty
     }
 
 
+@dataclass
+class _Progress(Generic[T]):
+    """A job under way."""
+
+    job: Job[T]
+    ids: list[list[int]] = field(default_factory=list)  # of the prompts that it waits for
+    waits: list[int] = field(default_factory=list)  # the numbers of these requests
+    result: list[T] = field(default_factory=list)  # one, when it is there
+
+
 class VLLMEngine:
     """See :class:`captioner.engines.Engine`. ``captioner`` may be one of ``model.load_frontend``.
 
@@ -90,6 +105,7 @@ class VLLMEngine:
         self.renderer = Renderer(captioner, views)
         self._words = Vocabulary(captioner, self.renderer)
         self._llm: Any = LLM(**settings(captioner, self.renderer, config, dtype), disable_log_stats=True)
+        self._done: dict[int, Any] = {}  # completions by request, until their job takes them
 
     def close(self) -> None:
         """Drop the model."""
@@ -99,30 +115,27 @@ class VLLMEngine:
         self, requests: Iterable[CaptionRequest], n: int, sampling: SamplingConfig
     ) -> Iterator[list[Candidate]]:
         """``n`` captions of every image, in request order; see :class:`captioner.engines.Engine`."""
+        return self._run(self._captions(request, n, sampling) for request in requests)
+
+    def _captions(self, request: CaptionRequest, n: int, sampling: SamplingConfig) -> Job[list[Candidate]]:
         from vllm import SamplingParams
 
-        bias = {token: -100.0 for token in self._words.never}
-        prompts = ((request, self._prompt(request.image, "all", self.prompt)) for request in requests)
-        while group := list(itertools.islice(prompts, max(1, 4 * self.batch_size // n))):
-            seeds = [row_seed(sampling.seed, request.sample_id, k) for request, _ in group for k in range(n)]
-            params = [
-                SamplingParams(
-                    temperature=sampling.temperature,
-                    top_p=sampling.top_p,
-                    max_tokens=sampling.max_tokens,
-                    seed=seed,
-                    logprobs=0,
-                    logit_bias=bias,
-                    stop_token_ids=sorted(self._words.stops),
-                )
-                for seed in seeds
-            ]
-            said = self._run([prompt for _, prompt in group for _ in range(n)], params)
-            rows = [
-                self._candidate(group[i // n][0], i % n, seed, output)
-                for i, (seed, output) in enumerate(zip(seeds, said, strict=True))
-            ]
-            yield from (rows[at : at + n] for at in range(0, len(rows), n))
+        prompt = self._prompt(request.image, "all", self.prompt)
+        seeds = [row_seed(sampling.seed, request.sample_id, k) for k in range(n)]
+        params = [
+            SamplingParams(
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                max_tokens=sampling.max_tokens,
+                seed=seed,
+                logprobs=0,
+                logit_bias=dict.fromkeys(self._words.never, -100.0),
+                stop_token_ids=sorted(self._words.stops),
+            )
+            for seed in seeds
+        ]
+        said = yield [(prompt, each) for each in params]
+        return [self._candidate(request, k, seed, said[k]) for k, seed in enumerate(seeds)]
 
     def _candidate(self, request: CaptionRequest, k: int, seed: int, output: Any) -> Candidate:
         ids = list(output.token_ids)
@@ -131,30 +144,31 @@ class VLLMEngine:
 
     def p_yes(self, requests: Iterable[QuestionBatch]) -> Iterator[list[YesNo]]:
         """One :class:`YesNo` per question, in request order; see :class:`captioner.engines.Engine`."""
+        return self._run(self._answers(request) for request in requests)
+
+    def _answers(self, request: QuestionBatch) -> Job[list[YesNo]]:
         from vllm import SamplingParams
 
         words, soft = self._words, self.captioner.soft_prompt_ids
-        params = SamplingParams(
-            max_tokens=1, temperature=0.0, logprob_token_ids=[*words.yes, *words.no, *soft]
-        )
-        for request in requests:
-            # The first alone: the others then find its images in the prefix cache.
-            first, rest = request.questions[:1], request.questions[1:]
-            said = []
-            for part in (first, rest):
-                prompts = [self._prompt(request.image, request.view, question) for question in part]
-                said += self._run(prompts, [params] * len(part))
-            yield [self._yes_no(output.logprobs[0]) for output in said]
+        wanted = [*words.yes, *words.no, *soft]
+        said = []
+        # The first alone: the others then find its images in the prefix cache.
+        for part in (request.questions[:1], request.questions[1:]):
+            said += yield [
+                (
+                    self._prompt(request.image, request.view, question),
+                    SamplingParams(max_tokens=1, temperature=0.0, logprob_token_ids=wanted),
+                )
+                for question in part
+            ]
+        return [self._yes_no(output.logprobs[0]) for output in said]
 
     def _yes_no(self, row: Any) -> YesNo:
         groups = (self._words.yes, self._words.no, self.captioner.soft_prompt_ids)
         yes, no, learned = (sum(math.exp(row[token].logprob) for token in ids) for ids in groups)
         return YesNo(yes / (yes + no), (yes + no) / (1.0 - learned))  # no soft token is ever said
 
-    def _prompt(
-        self, source: views.Picture | Path, view: str, text: str | None
-    ) -> tuple[dict[str, Any], list[int]]:
-        """A prompt for vLLM, and the ids that it must make of it."""
+    def _prompt(self, source: views.Picture | Path, view: str, text: str | None) -> Prompt:
         image = views.load_image(source)[0] if isinstance(source, Path) else source
         cuts, _, prefix = self.renderer.shown(image, view)
         pad = self.renderer.image_pad_id
@@ -163,16 +177,63 @@ class VLLMEngine:
         tail = self.renderer.branch_ids(text)[0]
         return {"prompt_token_ids": slots + tail, "multi_modal_data": {"image": cuts}}, prefix.ids + tail
 
-    def _run(self, prompts: list[tuple[dict[str, Any], list[int]]], params: list[Any]) -> list[Any]:
-        """The first completion of every prompt."""
-        if not prompts:
-            return []
-        outputs = self._llm.generate([prompt for prompt, _ in prompts], params, use_tqdm=False)
-        for output, (_, ids) in zip(outputs, prompts, strict=True):
+    def _run(self, jobs: Iterable[Job[T]]) -> Iterator[T]:
+        """The results of jobs, in order.
+
+        vLLM has twice as many requests as it works on at once, and works in a process of its own: so it goes
+        on while images are waited for and prompts are made here. Runs may be nested: what one finds of
+        another's is kept for it.
+        """
+        under_way: deque[_Progress[T]] = deque()
+        try:
+            for job in jobs:
+                under_way.append(_Progress(job))
+                self._go_on(under_way[-1], [])
+                while self._llm.llm_engine.get_num_unfinished_requests() >= 2 * self.batch_size:
+                    self._step(under_way)
+                while under_way and under_way[0].result:
+                    yield from under_way.popleft().result
+            while under_way:
+                while not under_way[0].result:
+                    self._step(under_way)
+                yield from under_way.popleft().result
+        finally:  # of a run that nobody ends
+            left = {number for each in under_way if not each.result for number in each.waits}
+            done = {number for number in left if self._done.pop(number, None)}
+            self._llm.llm_engine.abort_request([str(number) for number in left - done])
+
+    def _step(self, under_way: Iterable[_Progress[Any]]) -> None:
+        """Go on with the jobs that have all their answers; take what vLLM has finished if there is none."""
+        ready = [
+            each
+            for each in under_way
+            if not each.result and all(number in self._done for number in each.waits)
+        ]
+        for each in ready:
+            self._go_on(each, [self._done.pop(number) for number in each.waits])
+        if not ready:  # it waits for vLLM, which another run may have emptied
+            self._done.update((int(output.request_id), output) for output in self._llm.llm_engine.step())
+
+    def _go_on(self, progress: _Progress[Any], outputs: list[Any]) -> None:
+        """Send a job what it waited for, and ask vLLM what it asks next."""
+        for output, ids in zip(outputs, progress.ids, strict=True):
             if list(output.prompt_token_ids) != ids:
                 raise EngineError(
                     f"vLLM reads a prompt of {len(ids)} tokens as {len(output.prompt_token_ids)} others",
                     where=str(self.captioner.path),
                     mend="use --engine.type hf, and report the family and the version of vLLM",
                 )
-        return [output.outputs[0] for output in outputs]
+        try:
+            asked = progress.job.send([output.outputs[0] for output in outputs] or None)  # None: its start
+            while not asked:  # no question
+                asked = progress.job.send([])
+        except StopIteration as end:
+            progress.result.append(end.value)
+            return
+        progress.ids = [ids for (_, ids), _ in asked]
+        progress.waits = [self._ask(prompt, params) for (prompt, _), params in asked]
+
+    def _ask(self, prompt: dict[str, Any], params: Any) -> int:
+        """The number under which vLLM answers; what it returns may have more behind it."""
+        [number] = self._llm.enqueue([prompt], [params], use_tqdm=False)
+        return int(number.partition("-")[0])

@@ -26,7 +26,8 @@ from PIL import Image
 
 from captioner.errors import DataError
 from captioner.formats.folder import NO_SUCH_NAME, json_line, one_line, sidecar_path
-from captioner.formats.source import BATCH, open_source, read_shard
+from captioner.formats.source import open_source, read_shard
+from captioner.formats.tables import BATCH
 from captioner.records import CaptionRow
 from captioner.views import FORMATS, BadImage, read_bytes
 

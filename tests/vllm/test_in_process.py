@@ -29,7 +29,7 @@ def image(seed, width, height):
 
 def main():
     checkpoint, sizes, questions = json.loads(sys.argv[1])
-    config = Config.model_validate({"engine": {"type": "vllm", "batch_size": 8}})
+    config = Config.model_validate({"engine": {"type": "vllm", "batch_size": 2}})  # 4 requests are under way
     engine = make_engine(Path(checkpoint), config)
     asked = [CaptionRequest(f"k{i}", image(i, *sizes[i % 4]), f"{i:064x}") for i in range(6)]
     greedy = list(engine.sample(asked, 1, SamplingConfig(temperature=0.0, max_tokens=24)))
@@ -37,6 +37,15 @@ def main():
     views = ("all", "center")
     batches = [QuestionBatch(image(i, *sizes[i]), questions, view) for i, view in enumerate(views)]
     answers = [[(a.p_yes, a.label_mass) for a in row] for row in engine.p_yes(batches)]
+    # asked between captions, and of an iteration that nobody ends: as a worker that verifies does
+    begun = engine.sample(asked, 1, SamplingConfig(temperature=0.0, max_tokens=24))
+    assert [next(begun), next(begun)] == greedy[:2]
+    assert [[(a.p_yes, a.label_mass) for a in row] for row in engine.p_yes(batches)] == answers
+    assert next(begun) == greedy[2]
+    begun.close()
+    assert list(engine.sample(asked, 1, SamplingConfig(temperature=0.0, max_tokens=24))) == greedy
+    assert list(engine.p_yes([QuestionBatch(image(0, *sizes[0]), [])])) == [[]]
+    assert not engine._done and not engine._llm.llm_engine.has_unfinished_requests()
     rows = [[c.model_dump() for c in row] for row in greedy]
     again = [[[c.model_dump() for c in row] for row in rows] for rows in sampled]
     unwanted = [name for name in ("adapters", "trl", "peft", "datasets", "pyarrow") if name in sys.modules]
