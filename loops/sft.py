@@ -61,7 +61,8 @@ def run(config: Config, args: argparse.Namespace) -> int:
     renderer = render.Renderer(captioner, config.views)
     captioner.views = renderer.config
     training = sft.training.model_copy(update={"seed": seed})
-    metrics = train.train_sft(captioner, renderer, images, training, stage.dir, held_out)
+    shard = sft.tuning.type == "full" and sft.tuning.shard
+    metrics = train.train_sft(captioner, renderer, images, training, stage.dir, held_out, shard=shard)
     if not is_main():
         return 0
     adapter = adapters.name_of(captioner)
