@@ -538,7 +538,6 @@ def _arguments(captioner: Captioner, training: TrainingConfig, out: Path) -> dic
             where, mend = "training.report_to", f"pip install {tracker}, or leave it out"
             raise ConfigError(f"{tracker} is not installed", where=where, mend=mend)
     os.environ.pop("ACCELERATE_MIXED_PRECISION", None)  # transformers leaves the last training's choice there
-    os.environ.pop("ACCELERATE_USE_FSDP", None)  # `accelerate launch` may say so; what trains decides
     return {
         "output_dir": str(out / "checkpoints"),
         "max_steps": training.steps,
