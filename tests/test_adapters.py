@@ -77,21 +77,21 @@ def test_new_adapter_changes_nothing_and_a_trained_one_does(
     assert (logits(captioner) - before).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("placement", ["parallel", "sequential"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_base_stays_bit_equal_and_everything_trainable_moves(family: str) -> None:
+def test_base_stays_bit_equal_and_everything_trainable_moves(
+    family: str, placement: adapters.Placement
+) -> None:
     captioner = tiny_captioner(family)
-    adapters.add(captioner, "captioner", 5, 7)
+    adapters.add(captioner, "captioner", 5, 7, placement)
     soft_prompt.attach(captioner, 3, "Caption")
     shake(captioner)  # at first the up-projection is zero, and what is below it gets no gradient
     fed = inputs(captioner, captioner.soft_prompt_ids + captioner.tokenizer.encode("north red, dot"))
     frozen = snapshot(captioner, lambda p: not p.requires_grad)
     moving = snapshot(captioner, lambda p: p.requires_grad)
-    layers = sum(len(tower) for tower in captioner.layers.values())
-    per_layer = len(captioner.family.vision_mlp.inputs) * 2 + 2
-    assert (
-        len(moving) == len(captioner.layers["vision"]) * per_layer + len(captioner.layers["language"]) * 3 + 1
-    )
-    assert layers == 4
+    parallel = placement == "parallel"
+    vision = (len(captioner.family.vision_mlp.inputs) if parallel else 1) * 2 + 2  # weights and biases
+    assert len(moving) == 2 * vision + 2 * (3 if parallel else 2) + 1
     train(captioner, fed=fed)
     parameters = dict(captioner.model.named_parameters())
     assert all(torch.equal(parameters[name], value) for name, value in frozen.items())
@@ -252,6 +252,16 @@ def test_damaged_adapter_is_refused(spoil: str, tmp_path: Path) -> None:
     adapters.save(captioner, "captioner", tmp_path)
     (tmp_path / spoil).write_bytes((tmp_path / spoil).read_bytes()[:40])
     with pytest.raises(CheckpointError, match="cannot be read"):
+        adapters.load(tiny_captioner(), "captioner", tmp_path)
+
+
+def test_adapter_whose_tensors_do_not_fit_is_refused(tmp_path: Path) -> None:
+    captioner = tiny_captioner()
+    adapters.add(captioner, "captioner", 5, 7)
+    adapters.save(captioner, "captioner", tmp_path)
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings | {"language_width": 8}))
+    with pytest.raises(CheckpointError, match="do not fit"):
         adapters.load(tiny_captioner(), "captioner", tmp_path)
 
 
