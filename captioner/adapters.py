@@ -20,7 +20,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any
 
 import adapters as library
 import peft
@@ -38,7 +38,6 @@ from captioner.model import Captioner, Mlp, SoftEmbedding
 from captioner.runs import atomic_write_json
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter.safetensors"
-Placement = Literal["parallel", "sequential"]
 KINDS = {"adapters": AdapterTuning, "lora": LoraTuning, "parts": PartsTuning}
 # what `adapters` and `peft` hang into a tower
 _OURS = ("output_adapters.", "shared_parameters.", ".lora_", ".vera_")
@@ -127,19 +126,6 @@ def tune(
     if isinstance(soft, SoftEmbedding):
         soft.soft.requires_grad = soft_trains
     captioner.tuning = manifest
-
-
-def add(
-    captioner: Captioner,
-    name: str,
-    vision_width: int,
-    language_width: int,
-    placement: Placement = "parallel",
-    seed: int = 0,
-) -> None:
-    """:func:`tune` with adapters in every layer of the towers whose width is not 0."""
-    tuning = AdapterTuning(vision_width=vision_width, language_width=language_width, placement=placement)
-    tune(captioner, tuning, name, seed)
 
 
 def name_of(captioner: Captioner) -> str | None:

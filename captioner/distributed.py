@@ -146,7 +146,9 @@ def sharded(captioner: Captioner, device: str, bfloat16: bool) -> Generator[None
     asked. After it rank 0 has the whole model on the CPU, the others one without weights.
     """
     model = captioner.model
-    empty = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in model.parameters()}
+    empty = {
+        id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in model.parameters()
+    }
     whole = copy.deepcopy(model, empty)  # nothing takes the sharding off a model again
     mesh = init_device_mesh(device, (world_size(),))
     half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -171,7 +173,7 @@ def gathered(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     found = {}
     for name, tensor in tensors:
         if isinstance(tensor, DTensor):
-            full = tensor.detach().full_tensor()
+            full = tensor.full_tensor().detach()
             found[name] = full.cpu() if is_main() else full.new_empty(0)
         else:
             found[name] = tensor.detach()

@@ -212,7 +212,6 @@ def load(
         config = ModelConfig(path=str(config))
     path = checkpoint_path(config.path)
     settings = _check_files(path)
-    own = settings.get("captioner", {})
     device = _device(config.device)
     dtype = _dtype(config.dtype, device)
     processor = _processor(path)
@@ -224,15 +223,8 @@ def load(
         model = _pretrained_model(path, dtype, **_four_bits(family, dtype, device))
     else:
         model = _pretrained_model(path, dtype).to(device)
-    captioner = Captioner(
-        model=model.eval(),
-        processor=processor,
-        tokenizer=processor.tokenizer,
-        family=FAMILIES[settings["model_type"]],
-        path=path,
-        view_size=_view_size(processor),
-        views=ViewsConfig.model_validate(own.get("views", {})),
-    )
+    captioner = _captioner(model.eval(), processor, path, settings)
+    own = settings.get("captioner", {})
     if "soft_prompt_ids" in own:
         _strip_soft_rows(captioner, own["soft_prompt_ids"], own["base_vocab_size"])
     speed_up_vision(captioner)
@@ -245,24 +237,15 @@ def load_frontend(path: Path) -> Captioner:
     As :func:`load`, but the model is on the meta device and its soft prompt still in the vocabulary.
     """
     settings = _check_files(path)
-    own = settings.get("captioner", {})
-    processor = _processor(path)
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(
             AutoConfig.from_pretrained(path, local_files_only=True)
         )
     if (path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
-    return Captioner(
-        model=model,
-        processor=processor,
-        tokenizer=processor.tokenizer,
-        family=FAMILIES[settings["model_type"]],
-        path=path,
-        view_size=_view_size(processor),
-        soft_prompt_ids=list(own.get("soft_prompt_ids", [])),
-        views=ViewsConfig.model_validate(own.get("views", {})),
-    )
+    captioner = _captioner(model, _processor(path), path, settings)
+    captioner.soft_prompt_ids = list(settings.get("captioner", {}).get("soft_prompt_ids", []))
+    return captioner
 
 
 def stored_dtype(path: Path) -> Literal["auto", "float32", "bfloat16", "float16", "float64"]:
@@ -365,6 +348,20 @@ def _four_bits(family: Family, dtype: torch.dtype, device: str) -> dict[str, Any
         llm_int8_skip_modules=["lm_head", *(f"{family.visual}.{merger}" for merger in family.mergers)],
     )
     return {"quantization_config": settings, "device_map": {"": device}}
+
+
+def _captioner(
+    model: PreTrainedModel, processor: ProcessorMixin, path: Path, settings: dict[str, Any]
+) -> Captioner:
+    return Captioner(
+        model=model,
+        processor=processor,
+        tokenizer=processor.tokenizer,
+        family=FAMILIES[settings["model_type"]],
+        path=path,
+        view_size=_view_size(processor),
+        views=ViewsConfig.model_validate(settings.get("captioner", {}).get("views", {})),
+    )
 
 
 def _pretrained_model(path: Path, dtype: torch.dtype, **how: Any) -> PreTrainedModel:

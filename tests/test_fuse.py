@@ -16,7 +16,7 @@ from captioner.config import Config, ModelConfig, ViewsConfig, load
 from captioner.errors import CheckpointError, ConfigError, RunError
 from captioner.model import Captioner
 from loops import export, sft
-from tests.test_adapters import inputs, logits, shake
+from tests.test_adapters import add, inputs, logits, shake
 from tests.tiny import tiny_captioner, tiny_checkpoint, tokenizer
 
 FAMILIES = list(model.FAMILIES)
@@ -42,7 +42,7 @@ assert not any(name.split(".")[0] in ("captioner", "adapters") for name in sys.m
 
 def adapted(family: str, dtype: torch.dtype, widths: tuple[int, int] = (5, 7), soft: int = 3) -> Captioner:
     captioner = tiny_captioner(family, dtype)
-    adapters.add(captioner, "captioner", *widths)
+    add(captioner, "captioner", *widths)
     if soft:
         soft_prompt.attach(captioner, soft, "Caption in shorthand.")
     shake(captioner)
@@ -171,7 +171,7 @@ def test_untied_head(tmp_path: Path) -> None:
     config = architecture("qwen3_vl", len(tokenizer()))
     config.tie_word_embeddings = config.text_config.tie_word_embeddings = False
     captioner = model.build_random(tmp_path / "base", config, tokenizer(), view_size=VIEW_SIZE)
-    adapters.add(captioner, "captioner", 5, 7)
+    add(captioner, "captioner", 5, 7)
     soft_prompt.attach(captioner, 3, "Caption")
     shake(captioner)
     fed = inputs(captioner, captioner.soft_prompt_ids)
@@ -196,7 +196,7 @@ def test_rounds(family: str, tmp_path: Path) -> None:
         fuse.export(captioner, tmp_path / f"round-{number}")
         captioner = reload(tmp_path / f"round-{number}", captioner)
         assert not soft_prompt.rows(captioner).requires_grad
-        adapters.add(captioner, "captioner", 4, 6, seed=number)
+        add(captioner, "captioner", 4, 6, seed=number)
         assert not soft_prompt.rows(captioner).requires_grad
         shake(captioner, seed=number)
     fed = inputs(captioner, captioner.soft_prompt_ids)
@@ -238,7 +238,7 @@ def test_a_failure_leaves_no_half_written_directory(
 
 def test_sequential_and_unknown_adapters_are_refused(tmp_path: Path) -> None:
     captioner = tiny_captioner()
-    adapters.add(captioner, "captioner", 5, 7, "sequential")
+    add(captioner, "captioner", 5, 7, "sequential")
     with pytest.raises(ConfigError, match="sequential adapter cannot be exported"):
         fuse.export(captioner, tmp_path / "out")
     with pytest.raises(ConfigError, match="no adapter 'qa'"):
@@ -275,7 +275,7 @@ def arguments(**given: object) -> argparse.Namespace:
 
 def test_export_command_fuses_an_adapter_folder(tmp_path: Path) -> None:
     captioner = tiny_checkpoint(tmp_path / "base", "qwen3_vl")
-    adapters.add(captioner, "captioner", 5, 7)
+    add(captioner, "captioner", 5, 7)
     soft_prompt.attach(captioner, 3, "Caption")
     shake(captioner)
     adapters.save(captioner, "captioner", tmp_path / "adapter")

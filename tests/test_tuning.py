@@ -296,7 +296,11 @@ def test_study_measures_every_arm_once(tmp_path: Path, monkeypatch: pytest.Monke
     tiny_checkpoint(tmp_path / "base")
     kept = ("soft prompt only", "adapters, sequential", "LoRA")
     monkeypatch.setattr(study, "ARMS", {name: study.ARMS[name] for name in kept})
-    fields = {"model.path": str(tmp_path / "base"), "sft.data": "scenes:sft:4", "evaluate.data": "scenes:test:2"}
+    fields = {
+        "model.path": str(tmp_path / "base"),
+        "sft.data": "scenes:sft:4",
+        "evaluate.data": "scenes:test:2",
+    }
     fields |= {"sft.training.steps": "1", "sft.training.batch_size": "2", "evaluate.max_tokens": "4"}
     fields |= {"views.levels": "1", "views.center": "false"}
     config = load(None, fields)

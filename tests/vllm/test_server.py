@@ -248,7 +248,7 @@ print("RESULT" + json.dumps(said))
 
 
 def test_an_exported_captioner_in_vllm_and_in_plain_transformers(vllm_python: str, tmp_path: Path) -> None:
-    """The base with trained adapters and soft prompt, from `captioner export`: the same captions everywhere."""
+    """The base with trained adapters and soft prompt, as `captioner export` leaves it: the same captions."""
     run, out = str(tmp_path / "run"), tmp_path / "captioner"
     training = ["--sft.data", "scenes:sft:64", "--sft.validation", "none", "--sft.multi_view_share", "0.5"]
     training += ["--sft.training.steps", "24", "--sft.training.batch_size", "8"]
