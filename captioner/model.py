@@ -83,8 +83,9 @@ class Family:
     name: str
     vision_mlp: Mlp
     language_mlp: Mlp
-    vision_width: Literal["intermediate_size", "mlp_ratio"]  # config field of the encoder's inner width
-    vision_hidden: str  # config field of the encoder's width D
+    # config field of the encoder's width D, where its inner width is `mlp_ratio` times D, a whole number of
+    # times: transformers 5 reads no other; None: it is `intermediate_size`
+    ratio_of: str | None = None
     visual: str = "model.visual"
     language_model: str = "model.language_model"
     vision_layers: str = "blocks"  # below ``visual``
@@ -101,18 +102,12 @@ _SWIGLU_BIAS = Mlp(
     gated=True, bias=True, inputs=("gate_proj", "up_proj"), output="down_proj", activation="act_fn"
 )
 FAMILIES: dict[str, Family] = {
-    "qwen2_vl": Family(
-        "qwen2_vl", Mlp(False, True, ("fc1",), "fc2", "act"), _SWIGLU, "mlp_ratio", vision_hidden="embed_dim"
-    ),
-    "qwen2_5_vl": Family(
-        "qwen2_5_vl", _SWIGLU_BIAS, _SWIGLU, "intermediate_size", vision_hidden="hidden_size"
-    ),
+    "qwen2_vl": Family("qwen2_vl", Mlp(False, True, ("fc1",), "fc2", "act"), _SWIGLU, ratio_of="embed_dim"),
+    "qwen2_5_vl": Family("qwen2_5_vl", _SWIGLU_BIAS, _SWIGLU),
     "qwen3_vl": Family(
         "qwen3_vl",
         Mlp(False, True, ("linear_fc1",), "linear_fc2", "act_fn"),
         _SWIGLU,
-        "intermediate_size",
-        vision_hidden="hidden_size",
         mergers=("merger", "deepstack_merger_list"),
     ),
 }
