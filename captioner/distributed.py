@@ -154,7 +154,8 @@ def sharded(captioner: Captioner, device: str, bfloat16: bool) -> Generator[None
     half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     policy = half if bfloat16 else MixedPrecisionPolicy()
     for part in (*captioner.layers["vision"], *captioner.layers["language"], model):
-        fully_shard(part, mesh=mesh, mp_policy=policy)
+        # the root, too, after a forward: `parameters()` gives the parts whenever it is asked
+        fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     # accelerate would wrap it for DDP; its own FSDP does not run on the CPU
     model._is_accelerate_prepared = True
     yield

@@ -4,6 +4,7 @@ Teaches the base the style of the captions: adapters, LoRA or named parts and a 
 or the whole model (``sft.tuning.type``). Writes sft/adapter (but for ``full``), sft/captioner (a stock
 checkpoint; not for sequential adapters) and sft/metrics.jsonl. ``--gpus N`` trains in N processes, as
 torchrun and accelerate launch do: with as many batches a step as one process with N times the accumulation.
+Of ``full`` each process then holds a part (``sft.tuning.shard``).
 """
 
 from __future__ import annotations

@@ -19,7 +19,8 @@ from captioner.config import Config, load
 from captioner.errors import ConfigError
 from loops import sft
 from loops.cli import main
-from tests.test_adapters import logits
+from tests.test_adapters import inputs, logits, snapshot
+from tests.test_adapters import train as step
 from tests.tiny import tiny_captioner, tiny_checkpoint
 
 FIELDS = {
@@ -134,26 +135,34 @@ def test_full_tuning_in_parts_under_torchrun(tmp_path: Path) -> None:
     assert (wanted[name] - base[name]).abs().max() > 5e-3
 
 
-def test_sharded_parameters_and_the_model_that_comes_out() -> None:
+@pytest.mark.parametrize("half", [False, True])
+def test_sharded_parameters_and_the_model_that_comes_out(half: bool) -> None:
     captioner = tiny_captioner()
     soft_prompt.attach(captioner, 3, "Caption")
-    expected, stock = logits(captioner), type(captioner.model)
+    before, stock = snapshot(captioner, lambda _: True), type(captioner.model)
+    fed = inputs(captioner, [*captioner.soft_prompt_ids, 40, 41, 42, 43])
+    expected = logits(captioner, fed)
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
-        with distributed.sharded(captioner, "cpu", bfloat16=False):
+        with distributed.sharded(captioner, "cpu", bfloat16=half):
             assert all(isinstance(p, DTensor) for p in captioner.model.parameters())
-            assert torch.equal(logits(captioner), expected)
-            with torch.no_grad():
-                soft_prompt.rows(captioner).add_(1.0)
+            found = logits(captioner, fed)
+            assert found.dtype == (torch.bfloat16 if half else torch.float32)
+            assert torch.equal(found, expected) != half
+            assert (found - expected).abs().max() < 0.1 * expected.abs().max()
+            step(captioner, fed=fed)
+            assert {p.grad.dtype for p in captioner.model.parameters()} == {torch.float32}  # type: ignore[union-attr]
+            moved = {name: p.full_tensor() for name, p in captioner.model.named_parameters()}  # type: ignore[attr-defined]
     finally:
         torch.distributed.destroy_process_group()
     assert type(captioner.model) is stock
-    assert not any(isinstance(p, DTensor) or p.is_meta for p in captioner.model.parameters())
     assert captioner.model.get_output_embeddings().weight is captioner.model.get_input_embeddings().weight
-    assert torch.equal(logits(captioner), expected)
-    words = captioner.tokenizer.encode("Caption")
-    started = captioner.model.get_input_embeddings().weight[words[0]]
-    torch.testing.assert_close(soft_prompt.rows(captioner)[0], started + 1.0)
+    after = dict(captioner.model.named_parameters())
+    assert not any(isinstance(p, DTensor) for p in after.values()) and after.keys() == before.keys()
+    assert all(torch.equal(after[name], value) for name, value in moved.items())
+    still = [name for name, value in before.items() if torch.equal(after[name], value)]
+    assert [name for name in still if ".pos_embed" not in name] == []
+    logits(captioner, fed)
 
 
 def test_a_message_of_another_rank_is_passed_on(tmp_path: Path) -> None:
