@@ -13,10 +13,11 @@ from typing import Any, Literal
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
-from captioner import model, prompts, render, scenes, views
+from captioner import fuse, model, prompts, render, scenes, views
 from captioner.config import Config, EngineConfig, SamplingConfig, ServerConfig, ToolConfig, ViewsOverride
 from captioner.engines import CaptionRequest, NoAnswer, QuestionBatch, TextRequest, make_engine
 from captioner.engines.server import ServerEngine
@@ -25,6 +26,7 @@ from captioner.errors import EngineError
 from captioner.formats.folder import read_captions
 from captioner.tool import LLM, ToolFailed
 from loops.cli import main
+from tests.test_fuse import adapted
 from tests.test_render import messages
 from tests.vllm.conftest import Server
 
@@ -226,6 +228,21 @@ def test_a_killed_server_costs_nothing_but_time(
     theirs, ours = (list(read_captions(tmp_path / name)) for name in ("hf", "ours"))
     assert [row.model_dump() for row in ours] == [row.model_dump() for row in theirs]
     assert len(ours) == 24 and all(row.error is None for row in ours)
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])  # all other tests are of qwen3_vl
+def test_every_family_is_served(family: str, vllm_python: str, tmp_path: Path) -> None:
+    """Adapters in both towers and a soft prompt; vLLM brings transformers 5, whose configs are strict."""
+    fuse.export(adapted(family, torch.float32), tmp_path / "tiny", multiple=16)
+    server = Server(vllm_python, tmp_path / "tiny", tmp_path / "log")
+    server.start()
+    try:
+        hf, ours = both(tmp_path / "tiny", server)
+        expected = [candidate.text for [candidate] in hf.sample(requests(), 1, GREEDY)]  # type: ignore[attr-defined]
+        assert [candidate.text for [candidate] in ours.sample(requests(), 1, GREEDY)] == expected
+        ours.close()
+    finally:
+        server.stop()
 
 
 PLAIN = """
