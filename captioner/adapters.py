@@ -302,20 +302,24 @@ def _quantized(captioner: Captioner) -> bool:
 
 def _add_bottlenecks(captioner: Captioner, tuning: AdapterTuning, name: str) -> None:
     """The up-projections start at zero."""
-    for tower in ("vision", "language"):
-        if getattr(tuning, f"{tower}_width"):
-            _add_to_tower(captioner, tower, name, tuning)
+    sizes = {
+        "vision": (tuning.vision_width, tuning.vision_layers),
+        "language": (tuning.language_width, tuning.language_layers),
+    }
+    for tower, (width, numbers) in sizes.items():
+        if width:
+            _add_to_tower(captioner, tower, name, width, numbers, tuning.placement == "parallel")
     captioner.model.gradient_checkpointing_enable = types.MethodType(_checkpointing, captioner.model)
 
 
-def _add_to_tower(captioner: Captioner, tower: str, name: str, tuning: AdapterTuning) -> None:
+def _add_to_tower(
+    captioner: Captioner, tower: str, name: str, width: int, numbers: Sequence[int] | None, parallel: bool
+) -> None:
     family, layers = captioner.family, captioner.layers[tower]
-    width: int = getattr(tuning, f"{tower}_width")
-    picked = _picked(getattr(tuning, f"{tower}_layers"), len(layers), tower)
+    picked = _picked(numbers, len(layers), tower)
     model = captioner.visual if tower == "vision" else captioner.language_model
     mlp: Mlp = getattr(family, f"{tower}_mlp")
     _prepare(model, family.vision_layers if tower == "vision" else family.language_layers, family.mlp)
-    parallel = tuning.placement == "parallel"
     settings: dict[str, Any] = dict(mh_adapter=False, output_adapter=True, non_linearity="relu", scaling=1.0)
     settings["reduction_factor"] = model.config.hidden_size / width  # the units are replaced below
     settings["leave_out"] = [number for number in range(len(layers)) if number not in picked]
