@@ -19,7 +19,7 @@ from statistics import median
 import torch
 
 from captioner import adapters, fuse, model, render, scenes
-from captioner.config import ModelConfig, ViewsConfig
+from captioner.config import AdapterTuning, ModelConfig, ViewsConfig
 from captioner.model import Captioner
 
 VIEW = 64  # px
@@ -61,7 +61,8 @@ def main() -> None:
         base, fused = Path(place) / "base", Path(place) / "fused"
         build(base, args.hidden)
         adapted = model.load(ModelConfig(path=str(base)))
-        adapters.add(adapted, "captioner", args.width, args.width)
+        wide = AdapterTuning(vision_width=args.width, language_width=args.width)
+        adapters.tune(adapted, wide, "captioner")
         with torch.no_grad():
             for parameter in adapted.model.parameters():
                 if parameter.requires_grad:

@@ -20,7 +20,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any
 
 import adapters as library
 import peft
@@ -38,7 +38,6 @@ from captioner.model import Captioner, Mlp, SoftEmbedding
 from captioner.runs import atomic_write_json
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter.safetensors"
-Placement = Literal["parallel", "sequential"]
 KINDS = {"adapters": AdapterTuning, "lora": LoraTuning, "parts": PartsTuning}
 # what `adapters` and `peft` hang into a tower
 _OURS = ("output_adapters.", "shared_parameters.", ".lora_", ".vera_")
@@ -127,19 +126,6 @@ def tune(
     if isinstance(soft, SoftEmbedding):
         soft.soft.requires_grad = soft_trains
     captioner.tuning = manifest
-
-
-def add(
-    captioner: Captioner,
-    name: str,
-    vision_width: int,
-    language_width: int,
-    placement: Placement = "parallel",
-    seed: int = 0,
-) -> None:
-    """:func:`tune` with adapters in every layer of the towers whose width is not 0."""
-    tuning = AdapterTuning(vision_width=vision_width, language_width=language_width, placement=placement)
-    tune(captioner, tuning, name, seed)
 
 
 def name_of(captioner: Captioner) -> str | None:
@@ -316,20 +302,24 @@ def _quantized(captioner: Captioner) -> bool:
 
 def _add_bottlenecks(captioner: Captioner, tuning: AdapterTuning, name: str) -> None:
     """The up-projections start at zero."""
-    for tower in ("vision", "language"):
-        if getattr(tuning, f"{tower}_width"):
-            _add_to_tower(captioner, tower, name, tuning)
+    sizes = {
+        "vision": (tuning.vision_width, tuning.vision_layers),
+        "language": (tuning.language_width, tuning.language_layers),
+    }
+    for tower, (width, numbers) in sizes.items():
+        if width:
+            _add_to_tower(captioner, tower, name, width, numbers, tuning.placement == "parallel")
     captioner.model.gradient_checkpointing_enable = types.MethodType(_checkpointing, captioner.model)
 
 
-def _add_to_tower(captioner: Captioner, tower: str, name: str, tuning: AdapterTuning) -> None:
+def _add_to_tower(
+    captioner: Captioner, tower: str, name: str, width: int, numbers: Sequence[int] | None, parallel: bool
+) -> None:
     family, layers = captioner.family, captioner.layers[tower]
-    width: int = getattr(tuning, f"{tower}_width")
-    picked = _picked(getattr(tuning, f"{tower}_layers"), len(layers), tower)
+    picked = _picked(numbers, len(layers), tower)
     model = captioner.visual if tower == "vision" else captioner.language_model
     mlp: Mlp = getattr(family, f"{tower}_mlp")
     _prepare(model, family.vision_layers if tower == "vision" else family.language_layers, family.mlp)
-    parallel = tuning.placement == "parallel"
     settings: dict[str, Any] = dict(mh_adapter=False, output_adapter=True, non_linearity="relu", scaling=1.0)
     settings["reduction_factor"] = model.config.hidden_size / width  # the units are replaced below
     settings["leave_out"] = [number for number in range(len(layers)) if number not in picked]

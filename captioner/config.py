@@ -157,6 +157,8 @@ class FullTuning(Section):
     """What is trained: `adapters`, `lora` or named `parts` of a frozen base, or `full` for every weight."""
     init: Literal["pretrained", "random"] = "pretrained"
     """`random` draws new weights for the checkpoint's architecture."""
+    shard: bool = True
+    """Each of several processes holds a part of weights and optimizer (FSDP); false = all of it (DDP)."""
 
 
 Tuning = Annotated[AdapterTuning | LoraTuning | PartsTuning | FullTuning, Field(discriminator="type")]

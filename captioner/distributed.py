@@ -137,6 +137,8 @@ def main_first(device: str) -> Generator[None, None, None]:
     import torch
     from accelerate import PartialState
 
+    # what trains decides, not the launcher: transformers would load the weights on rank 0 alone
+    os.environ.pop("ACCELERATE_USE_FSDP", None)
     sys.excepthook = _wait_for_the_cause
     if not is_main() and sys.stdout is sys.__stdout__:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)

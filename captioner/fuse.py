@@ -188,12 +188,20 @@ def _check(state: dict[str, Tensor], delta: Delta) -> None:
 
 
 def _even(state: dict[str, Tensor], captioner: Captioner, multiple: int) -> dict[str, int]:
-    """Pad the blocks of each tower with zeros to one inner width, a multiple; returns the widths."""
+    """Give the blocks of each tower one inner width, a multiple, by units of zeros; returns the widths.
+
+    The zeros of an earlier export go first, so that they do not add up from round to round.
+    """
     widths = {}
     for tower, blocks in captioner.blocks.items():
         mlp: Mlp = getattr(captioner.family, f"{tower}_mlp")
+        for block in blocks:
+            _drop_zeros(state, block, mlp)
+        hidden, _ = state[f"{blocks[0]}.{mlp.output}.weight"].shape
+        whole = tower == "vision" and captioner.family.ratio_of is not None
+        step = math.lcm(multiple, hidden) if whole else multiple
         most = max(state[f"{block}.{mlp.output}.weight"].shape[1] for block in blocks)
-        widths[tower] = -(-most // multiple) * multiple
+        widths[tower] = -(-most // step) * step
         for block in blocks:
             lacking = widths[tower] - state[f"{block}.{mlp.output}.weight"].shape[1]
             if not lacking:
@@ -209,20 +217,25 @@ def _even(state: dict[str, Tensor], captioner: Captioner, multiple: int) -> dict
     return widths
 
 
+def _drop_zeros(state: dict[str, Tensor], block: str, mlp: Mlp) -> None:
+    """Leave out inner units that reach nothing."""
+    used = state[f"{block}.{mlp.output}.weight"].any(dim=0)
+    if used.all():
+        return
+    state[f"{block}.{mlp.output}.weight"] = state[f"{block}.{mlp.output}.weight"][:, used]
+    for key in (f"{block}.{part}.{kind}" for part in mlp.inputs for kind in ("weight", "bias")):
+        if key in state:
+            state[key] = state[key][used]
+
+
 def _widen(config: PretrainedConfig, family: Family, widths: dict[str, int]) -> None:
     """Write the inner widths into the config."""
     vision = config.vision_config
     config.text_config.intermediate_size = widths["language"]
-    if family.vision_width == "mlp_ratio":
-        vision.mlp_ratio = _ratio(getattr(vision, family.vision_hidden), widths["vision"])
+    if family.ratio_of:
+        vision.mlp_ratio = widths["vision"] // getattr(vision, family.ratio_of)
     else:
         vision.intermediate_size = widths["vision"]
-
-
-def _ratio(hidden: int, width: int) -> float:
-    """The number with ``int(hidden * ratio) == width``, which is how Qwen2-VL's encoder finds its width."""
-    ratio = width / hidden
-    return ratio if int(hidden * ratio) == width else math.nextafter(ratio, math.inf)
 
 
 def _add_soft_rows(

@@ -83,8 +83,9 @@ class Family:
     name: str
     vision_mlp: Mlp
     language_mlp: Mlp
-    vision_width: Literal["intermediate_size", "mlp_ratio"]  # config field of the encoder's inner width
-    vision_hidden: str  # config field of the encoder's width D
+    # config field of the encoder's width D, where its inner width is `mlp_ratio` times D, a whole number of
+    # times: transformers 5 reads no other; None: it is `intermediate_size`
+    ratio_of: str | None = None
     visual: str = "model.visual"
     language_model: str = "model.language_model"
     vision_layers: str = "blocks"  # below ``visual``
@@ -101,18 +102,12 @@ _SWIGLU_BIAS = Mlp(
     gated=True, bias=True, inputs=("gate_proj", "up_proj"), output="down_proj", activation="act_fn"
 )
 FAMILIES: dict[str, Family] = {
-    "qwen2_vl": Family(
-        "qwen2_vl", Mlp(False, True, ("fc1",), "fc2", "act"), _SWIGLU, "mlp_ratio", vision_hidden="embed_dim"
-    ),
-    "qwen2_5_vl": Family(
-        "qwen2_5_vl", _SWIGLU_BIAS, _SWIGLU, "intermediate_size", vision_hidden="hidden_size"
-    ),
+    "qwen2_vl": Family("qwen2_vl", Mlp(False, True, ("fc1",), "fc2", "act"), _SWIGLU, ratio_of="embed_dim"),
+    "qwen2_5_vl": Family("qwen2_5_vl", _SWIGLU_BIAS, _SWIGLU),
     "qwen3_vl": Family(
         "qwen3_vl",
         Mlp(False, True, ("linear_fc1",), "linear_fc2", "act_fn"),
         _SWIGLU,
-        "intermediate_size",
-        vision_hidden="hidden_size",
         mergers=("merger", "deepstack_merger_list"),
     ),
 }
@@ -212,7 +207,6 @@ def load(
         config = ModelConfig(path=str(config))
     path = checkpoint_path(config.path)
     settings = _check_files(path)
-    own = settings.get("captioner", {})
     device = _device(config.device)
     dtype = _dtype(config.dtype, device)
     processor = _processor(path)
@@ -224,15 +218,8 @@ def load(
         model = _pretrained_model(path, dtype, **_four_bits(family, dtype, device))
     else:
         model = _pretrained_model(path, dtype).to(device)
-    captioner = Captioner(
-        model=model.eval(),
-        processor=processor,
-        tokenizer=processor.tokenizer,
-        family=FAMILIES[settings["model_type"]],
-        path=path,
-        view_size=_view_size(processor),
-        views=ViewsConfig.model_validate(own.get("views", {})),
-    )
+    captioner = _captioner(model.eval(), processor, path, settings)
+    own = settings.get("captioner", {})
     if "soft_prompt_ids" in own:
         _strip_soft_rows(captioner, own["soft_prompt_ids"], own["base_vocab_size"])
     speed_up_vision(captioner)
@@ -245,24 +232,15 @@ def load_frontend(path: Path) -> Captioner:
     As :func:`load`, but the model is on the meta device and its soft prompt still in the vocabulary.
     """
     settings = _check_files(path)
-    own = settings.get("captioner", {})
-    processor = _processor(path)
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(
             AutoConfig.from_pretrained(path, local_files_only=True)
         )
     if (path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
-    return Captioner(
-        model=model,
-        processor=processor,
-        tokenizer=processor.tokenizer,
-        family=FAMILIES[settings["model_type"]],
-        path=path,
-        view_size=_view_size(processor),
-        soft_prompt_ids=list(own.get("soft_prompt_ids", [])),
-        views=ViewsConfig.model_validate(own.get("views", {})),
-    )
+    captioner = _captioner(model, _processor(path), path, settings)
+    captioner.soft_prompt_ids = list(settings.get("captioner", {}).get("soft_prompt_ids", []))
+    return captioner
 
 
 def stored_dtype(path: Path) -> Literal["auto", "float32", "bfloat16", "float16", "float64"]:
@@ -365,6 +343,20 @@ def _four_bits(family: Family, dtype: torch.dtype, device: str) -> dict[str, Any
         llm_int8_skip_modules=["lm_head", *(f"{family.visual}.{merger}" for merger in family.mergers)],
     )
     return {"quantization_config": settings, "device_map": {"": device}}
+
+
+def _captioner(
+    model: PreTrainedModel, processor: ProcessorMixin, path: Path, settings: dict[str, Any]
+) -> Captioner:
+    return Captioner(
+        model=model,
+        processor=processor,
+        tokenizer=processor.tokenizer,
+        family=FAMILIES[settings["model_type"]],
+        path=path,
+        view_size=_view_size(processor),
+        views=ViewsConfig.model_validate(settings.get("captioner", {}).get("views", {})),
+    )
 
 
 def _pretrained_model(path: Path, dtype: torch.dtype, **how: Any) -> PreTrainedModel:

@@ -17,7 +17,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -27,10 +27,11 @@ import torch
 from datasets import Dataset  # the type that TRL asks for
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
-from captioner import adapters, distributed, prompts, soft_prompt
+from captioner import adapters, distributed, prompts, sharding, soft_prompt
 from captioner.config import FullTuning, SoftPromptConfig, TrainingConfig, Tuning
 from captioner.errors import CaptionerError, ConfigError, DataError, RunError
 from captioner.model import Captioner, describe_trainable
@@ -216,6 +217,7 @@ class _Trainer:
         positions = inputs.pop("positions").tolist()
         loss = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if not (torch.isfinite(loss) and torch.isfinite(norm)):
             raise self.not_finite(
                 f"loss {loss.item()}, gradient norm {norm.item()} at step {self.state.global_step + 1}",
@@ -224,18 +226,20 @@ class _Trainer:
             )
         return loss
 
-    def _save(self, output_dir: str, state_dict: Any = None) -> None:
+    def save_model(self, output_dir: Any = None, _internal_call: bool = False) -> None:
         os.makedirs(output_dir, exist_ok=True)
-        save_file(trainable(self.model), Path(output_dir) / "trainable.safetensors")
+        _save_trainable(self.model, Path(output_dir) / "trainable.safetensors")
 
     def _load_from_checkpoint(self, checkpoint: str, model: Any = None) -> None:
         _load_trainable(self.model, Path(checkpoint) / "trainable.safetensors")
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        state = self.optimizer.state_dict()
+        tensors = sharding.gathered(
+            (f"{i}.{name}", t) for i, entry in state["state"].items() for name, t in entry.items()
+        )
         if not self.args.should_save:  # rank 0 alone writes
             return
-        state = self.optimizer.state_dict()
-        tensors = {f"{i}.{name}": t for i, entry in state["state"].items() for name, t in entry.items()}
         save_file(tensors, Path(output_dir) / "optimizer.safetensors")
         plain = {"groups": state["param_groups"], "schedule": self.lr_scheduler.state_dict()}
         (Path(output_dir) / "optimizer.json").write_text(json.dumps(plain))
@@ -244,9 +248,13 @@ class _Trainer:
         if checkpoint is None:
             return
         state: dict[int, dict[str, Tensor]] = {}
+        of = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         for name, tensor in load_file(Path(checkpoint) / "optimizer.safetensors").items():
             index, _, field = name.partition(".")
-            state.setdefault(int(index), {})[field] = tensor
+            moment = tensor.ndim > 0  # and no count of steps
+            state.setdefault(int(index), {})[field] = (
+                sharding.spread(tensor, of[int(index)]) if moment else tensor
+            )
         plain = json.loads((Path(checkpoint) / "optimizer.json").read_text())
         self.optimizer.load_state_dict({"state": state, "param_groups": plain["groups"]})
         self.lr_scheduler.load_state_dict(plain["schedule"])
@@ -322,8 +330,8 @@ class _Log(TrainerCallback):
             loss = self.validated[step] = self.validate()
             trainer = self.trainer
             trainer.callback_handler.on_log(trainer.args, trainer.state, control, {"validation_loss": loss})
-            if self.patience and loss == min(self.validated.values()) and is_main():
-                save_file(trainable(trainer.model), self.best)
+            if self.patience and loss == min(self.validated.values()):
+                _save_trainable(trainer.model, self.best)
         best = min(self.validated, key=lambda at: self.validated[at])
         if self.patience and sum(at > best for at in self.validated) >= self.patience:
             control.should_training_stop = True
@@ -352,8 +360,12 @@ def train_sft(
     out: Path,
     validation: TrainingImages | None = None,
     report: Callable[[str], None] = print,
+    shard: bool = False,
 ) -> dict[str, float]:
     """Train what requires a gradient on the targets of ``images``; token-mean cross-entropy on the answers.
+
+    With ``shard`` each of several processes holds a part of the weights and of AdamW's state; what comes out
+    is on the CPU of rank 0.
 
     Writes ``out/metrics.jsonl`` and resumable checkpoints under ``out/checkpoints``, and resumes from the
     last whole one. Returns the last value of every metric. Raises RunError for a loss that is not finite
@@ -367,7 +379,8 @@ def train_sft(
     elif training.patience:
         mend = "name validation images, or --sft.training.patience 0"
         raise ConfigError("An early stop needs a validation loss.", where="training.patience", mend=mend)
-    return _train(_SFT, captioner, collator, args, out, _Log(out, validate, training.patience), report)
+    log = _Log(out, validate, training.patience)
+    return _train(_SFT, captioner, collator, args, out, log, report, shard=shard and world_size() > 1)
 
 
 def validation_loss(
@@ -382,10 +395,13 @@ def validation_loss(
     total, tokens = 0.0, 0
     was_training = captioner.model.training
     captioner.model.eval()
-    for start in range(rank() * batch_size, len(images), world_size() * batch_size):
-        batch = collator([{"position": i} for i in range(start, min(start + batch_size, len(images)))])
+    for first in range(0, len(images), world_size() * batch_size):
+        start = first + rank() * batch_size
+        shown = range(start, min(start + batch_size, len(images)))
+        # sharded ranks run as many forwards as the others, the last of them for nothing
+        batch = collator([{"position": i} for i in shown or (0,)])
         batch.pop("positions")
-        count = int((batch["labels"][:, 1:] != IGNORED).sum())
+        count = int((batch["labels"][:, 1:] != IGNORED).sum()) if shown else 0
         with torch.no_grad():
             arguments = {name: tensor.to(captioner.device) for name, tensor in batch.items()}
             total += captioner.model(**arguments, use_cache=False).loss.item() * count
@@ -395,16 +411,21 @@ def validation_loss(
     return total / all_tokens
 
 
-def trainable(model: torch.nn.Module) -> dict[str, Tensor]:
-    """The parameters that require a gradient, by name."""
-    return {name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad}
+def _trainable(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
+    return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+
+
+def _save_trainable(model: torch.nn.Module, file: Path) -> None:
+    state = sharding.gathered(_trainable(model))
+    if is_main():
+        save_file(state, file)
 
 
 def _load_trainable(model: torch.nn.Module, file: Path) -> None:
     stored = load_file(file)
     with torch.no_grad():
-        for name, parameter in trainable(model).items():
-            parameter.copy_(stored[name])
+        for name, parameter in _trainable(model):
+            parameter.copy_(sharding.spread(stored[name], parameter))
 
 
 # ---- what trains
@@ -449,20 +470,25 @@ def _train(
     log: _Log,
     report: Callable[[str], None],
     prepare: Callable[[Any, _Log, bool], None] = lambda _trainer, _log, _resumed: None,
+    shard: bool = False,
 ) -> dict[str, float]:
     """``prepare`` sees the trainer before its first step, the log, and whether a checkpoint is there."""
     collator.check_lengths()
     last = _last_checkpoint(out / "checkpoints")
     begin = time.monotonic()
+    device = captioner.device.type
+    if shard:
+        captioner.model.to("cpu")  # a device gets its part of it, layer by layer
     with _precise(captioner), progress("training", args.max_steps) as bar:
-        log.advance = bar.advance
-        trainer = make_trainer(kind, captioner, collator, args, log)
-        log.trainer = trainer
-        _raise_precision(captioner.model)  # beside 4-bit weights TRL makes what trains bfloat16
-        prepare(trainer, log, last is not None)
-        if last:
-            report(f"resuming from step {last.name.rpartition('-')[2]}")
-        trainer.train(resume_from_checkpoint=str(last) if last else None)
+        with sharding.sharded(captioner, device, args.bf16) if shard else nullcontext():
+            log.advance = bar.advance
+            trainer = make_trainer(kind, captioner, collator, args, log)
+            log.trainer = trainer
+            _raise_precision(captioner.model)  # beside 4-bit weights TRL makes what trains bfloat16
+            prepare(trainer, log, last is not None)
+            if last:
+                report(f"resuming from step {last.name.rpartition('-')[2]}")
+            trainer.train(resume_from_checkpoint=str(last) if last else None)
         log.restore_best(captioner.model)
     return log.last | {"seconds": time.monotonic() - begin}
 
@@ -550,16 +576,16 @@ def _precise(captioner: Captioner) -> Iterator[None]:
     Raises RunError for frozen parameters in another number format than the model's: they would take the time
     and memory of float32 by accident.
     """
-    model, patched = captioner.model, captioner.model.__dict__.get("forward")
-    _check_precision(model)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    dtypes = [p.dtype for p in parameters]
-    _raise_precision(model)
+    patched = captioner.model.__dict__.get("forward")
+    _check_precision(captioner.model)
+    dtypes = {name: p.dtype for name, p in _trainable(captioner.model)}
+    _raise_precision(captioner.model)
     try:
         yield
     finally:
-        for p, dtype in zip(parameters, dtypes, strict=True):
-            p.data, p.grad = p.data.to(dtype), None
+        model = captioner.model  # another one where it was sharded
+        for name, p in _trainable(model):
+            p.data, p.grad = p.data.to(dtypes[name]), None
         model.__dict__.pop("forward", None)
         if patched is not None:
             model.forward = patched

@@ -145,18 +145,16 @@ def rank() -> int:
     job = json.load(sys.stdin)
     module = importlib.import_module(COMMANDS[job["command"]].module)
     args = Args(**job["args"] | {"run_dir": Path(job["args"]["run_dir"])})
-
-    def run() -> int:
-        code = module.run(Config.model_validate(job["config"]), args) or 0
-        distributed.leave()
-        return code
-
-    return _guarded(run)
+    return _guarded(lambda: module.run(Config.model_validate(job["config"]), args) or 0)
 
 
 def _guarded(run: Callable[[], int]) -> int:
     try:
         code = run()
+        if _processes() > 1:
+            from captioner import distributed
+
+            distributed.leave()
         sys.stdout.flush()
         return code
     except CaptionerError as error:
@@ -185,7 +183,7 @@ def _run(words: list[str]) -> int:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         mend = f"did you mean `captioner {near[0]}`?" if near else "`captioner --help` lists the commands"
         raise ConfigError(f"unknown command {name}", mend=mend)
-    if name not in PARALLEL and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if name not in PARALLEL and _processes() > 1:
         mend = "start it without torchrun or accelerate launch"
         raise ConfigError(f"captioner {name} runs in one process", mend=mend)
     module = importlib.import_module(command.module)
@@ -198,6 +196,10 @@ def _run(words: list[str]) -> int:
         print(_plan(name, command, module, config, args))
         return 0
     return module.run(config, args) or 0
+
+
+def _processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _overview() -> str:

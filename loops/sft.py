@@ -4,6 +4,7 @@ Teaches the base the style of the captions: adapters, LoRA or named parts and a 
 or the whole model (``sft.tuning.type``). Writes sft/adapter (but for ``full``), sft/captioner (a stock
 checkpoint; not for sequential adapters) and sft/metrics.jsonl. ``--gpus N`` trains in N processes, as
 torchrun and accelerate launch do: with as many batches a step as one process with N times the accumulation.
+Of ``full`` each process then holds a part (``sft.tuning.shard``).
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ def run(config: Config, args: argparse.Namespace) -> int:
     renderer = render.Renderer(captioner, config.views)
     captioner.views = renderer.config
     training = sft.training.model_copy(update={"seed": seed})
-    metrics = train.train_sft(captioner, renderer, images, training, stage.dir, held_out)
+    shard = sft.tuning.type == "full" and sft.tuning.shard
+    metrics = train.train_sft(captioner, renderer, images, training, stage.dir, held_out, shard=shard)
     if not is_main():
         return 0
     adapter = adapters.name_of(captioner)

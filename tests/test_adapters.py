@@ -3,17 +3,32 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
 from torch import Tensor
 
 from captioner import adapters, fuse, model, soft_prompt
+from captioner.config import AdapterTuning
 from captioner.errors import CheckpointError, ConfigError
 from captioner.model import Captioner, SoftEmbedding
 from tests.tiny import tiny_captioner, tiny_checkpoint, tokenizer
 
 FAMILIES = list(model.FAMILIES)
+Placement = Literal["parallel", "sequential"]
+
+
+def add(
+    captioner: Captioner,
+    name: str,
+    vision_width: int,
+    language_width: int,
+    placement: Placement = "parallel",
+    seed: int = 0,
+) -> None:
+    tuning = AdapterTuning(vision_width=vision_width, language_width=language_width, placement=placement)
+    adapters.tune(captioner, tuning, name, seed)
 
 
 def inputs(captioner: Captioner, ids: list[int] | None = None, seed: int = 0) -> dict[str, Tensor]:
@@ -64,34 +79,30 @@ def snapshot(captioner: Captioner, pick: Callable[[torch.nn.Parameter], bool]) -
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("placement", ["parallel", "sequential"])
-def test_new_adapter_changes_nothing_and_a_trained_one_does(
-    family: str, placement: adapters.Placement
-) -> None:
+def test_new_adapter_changes_nothing_and_a_trained_one_does(family: str, placement: Placement) -> None:
     captioner = tiny_captioner(family)
     before = logits(captioner)
     kind = type(captioner.model)
-    adapters.add(captioner, "captioner", 5, 7, placement)
+    add(captioner, "captioner", 5, 7, placement)
     assert type(captioner.model) is kind
     assert torch.equal(logits(captioner), before)
     shake(captioner)
     assert (logits(captioner) - before).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("placement", ["parallel", "sequential"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_base_stays_bit_equal_and_everything_trainable_moves(family: str) -> None:
+def test_base_stays_bit_equal_and_everything_trainable_moves(family: str, placement: Placement) -> None:
     captioner = tiny_captioner(family)
-    adapters.add(captioner, "captioner", 5, 7)
+    add(captioner, "captioner", 5, 7, placement)
     soft_prompt.attach(captioner, 3, "Caption")
     shake(captioner)  # at first the up-projection is zero, and what is below it gets no gradient
     fed = inputs(captioner, captioner.soft_prompt_ids + captioner.tokenizer.encode("north red, dot"))
     frozen = snapshot(captioner, lambda p: not p.requires_grad)
     moving = snapshot(captioner, lambda p: p.requires_grad)
-    layers = sum(len(tower) for tower in captioner.layers.values())
-    per_layer = len(captioner.family.vision_mlp.inputs) * 2 + 2
-    assert (
-        len(moving) == len(captioner.layers["vision"]) * per_layer + len(captioner.layers["language"]) * 3 + 1
-    )
-    assert layers == 4
+    parallel = placement == "parallel"
+    vision = (len(captioner.family.vision_mlp.inputs) if parallel else 1) * 2 + 2  # weights and biases
+    assert len(moving) == 2 * vision + 2 * (3 if parallel else 2) + 1
     train(captioner, fed=fed)
     parameters = dict(captioner.model.named_parameters())
     assert all(torch.equal(parameters[name], value) for name, value in frozen.items())
@@ -100,7 +111,7 @@ def test_base_stays_bit_equal_and_everything_trainable_moves(family: str) -> Non
 
 def test_training_lowers_the_loss_from_the_zero_start() -> None:
     captioner = tiny_captioner()
-    adapters.add(captioner, "captioner", 8, 8)
+    add(captioner, "captioner", 8, 8)
     first = train(captioner)
     assert train(captioner, steps=15) < 0.5 * first
 
@@ -108,12 +119,12 @@ def test_training_lowers_the_loss_from_the_zero_start() -> None:
 def test_language_only_adapter_leaves_the_encoder_alone() -> None:
     captioner = tiny_captioner()
     kind = type(captioner.visual)
-    adapters.add(captioner, "qa", vision_width=0, language_width=6)
+    add(captioner, "qa", vision_width=0, language_width=6)
     assert type(captioner.visual) is kind
     trainable = [name for name, p in captioner.model.named_parameters() if p.requires_grad]
     assert trainable and all("language_model.layers" in name for name in trainable)
     only_vision = tiny_captioner()
-    adapters.add(only_vision, "captioner", vision_width=6, language_width=0)
+    add(only_vision, "captioner", vision_width=6, language_width=0)
     assert all("visual.blocks" in n for n, p in only_vision.model.named_parameters() if p.requires_grad)
 
 
@@ -122,15 +133,15 @@ def test_initial_weights_depend_on_the_seed_alone() -> None:
     for seed in (0, 0, 1):
         torch.rand(len(drawn))  # the caller's random state does not matter
         captioner = tiny_captioner()
-        adapters.add(captioner, "captioner", 4, 4, seed=seed)
+        add(captioner, "captioner", 4, 4, seed=seed)
         drawn.append(torch.cat([p.flatten() for p in captioner.model.parameters() if p.requires_grad]))
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
 
 
 @pytest.mark.parametrize("placement", ["parallel", "sequential"])
-def test_cache_masks_and_positions_work(placement: adapters.Placement) -> None:
+def test_cache_masks_and_positions_work(placement: Placement) -> None:
     captioner = tiny_captioner()
-    adapters.add(captioner, "captioner", 5, 7, placement)
+    add(captioner, "captioner", 5, 7, placement)
     shake(captioner)
     fed = inputs(captioner)
     whole = logits(captioner, fed)
@@ -156,7 +167,7 @@ def test_cache_masks_and_positions_work(placement: adapters.Placement) -> None:
 def test_backbone_and_head_give_the_logits() -> None:
     """What TRL's fused head does."""
     captioner = tiny_captioner()
-    adapters.add(captioner, "captioner", 5, 7)
+    add(captioner, "captioner", 5, 7)
     soft_prompt.attach(captioner, 2, "Caption")
     shake(captioner)
     fed = inputs(captioner, [*captioner.soft_prompt_ids, 5, 6])
@@ -168,9 +179,9 @@ def test_backbone_and_head_give_the_logits() -> None:
 
 
 @pytest.mark.parametrize("placement", ["parallel", "sequential"])
-def test_gradient_checkpointing_gives_the_same_gradients(placement: adapters.Placement) -> None:
+def test_gradient_checkpointing_gives_the_same_gradients(placement: Placement) -> None:
     captioner = tiny_captioner()
-    adapters.add(captioner, "captioner", 5, 7, placement)
+    add(captioner, "captioner", 5, 7, placement)
     shake(captioner)
     captioner.model.train()
     fed = inputs(captioner)
@@ -192,7 +203,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(placement: adapters.Pla
 
 def test_adapter_is_float32_on_a_bfloat16_base() -> None:
     captioner = tiny_captioner(dtype=torch.bfloat16)
-    adapters.add(captioner, "captioner", 4, 4)
+    add(captioner, "captioner", 4, 4)
     soft_prompt.attach(captioner, 2, "Caption")
     shake(captioner)
     assert {p.dtype for p in captioner.model.parameters() if p.requires_grad} == {torch.float32}
@@ -207,11 +218,9 @@ def test_adapter_is_float32_on_a_bfloat16_base() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("placement", ["parallel", "sequential"])
-def test_saved_adapter_and_soft_prompt_come_back(
-    family: str, placement: adapters.Placement, tmp_path: Path
-) -> None:
+def test_saved_adapter_and_soft_prompt_come_back(family: str, placement: Placement, tmp_path: Path) -> None:
     captioner = tiny_checkpoint(tmp_path / "base", family)
-    adapters.add(captioner, "captioner", 5, 7, placement)
+    add(captioner, "captioner", 5, 7, placement)
     soft_prompt.attach(captioner, 3, "Caption in shorthand.")
     shake(captioner)
     adapters.save(captioner, "captioner", tmp_path / "adapter")
@@ -229,7 +238,7 @@ def test_saved_adapter_and_soft_prompt_come_back(
 
 def test_adapter_of_another_base_is_refused(tmp_path: Path) -> None:
     captioner = tiny_captioner(seed=0)
-    adapters.add(captioner, "captioner", 5, 7)
+    add(captioner, "captioner", 5, 7)
     adapters.save(captioner, "captioner", tmp_path)
     with pytest.raises(CheckpointError, match="another base"):
         adapters.load(tiny_captioner(seed=1), "captioner", tmp_path)
@@ -248,19 +257,29 @@ def test_one_moved_weight_is_another_base_and_a_number_format_is_not() -> None:
 @pytest.mark.parametrize("spoil", ["adapter.safetensors", "adapter_config.json"])
 def test_damaged_adapter_is_refused(spoil: str, tmp_path: Path) -> None:
     captioner = tiny_captioner()
-    adapters.add(captioner, "captioner", 5, 7)
+    add(captioner, "captioner", 5, 7)
     adapters.save(captioner, "captioner", tmp_path)
     (tmp_path / spoil).write_bytes((tmp_path / spoil).read_bytes()[:40])
     with pytest.raises(CheckpointError, match="cannot be read"):
         adapters.load(tiny_captioner(), "captioner", tmp_path)
 
 
+def test_adapter_whose_tensors_do_not_fit_is_refused(tmp_path: Path) -> None:
+    captioner = tiny_captioner()
+    add(captioner, "captioner", 5, 7)
+    adapters.save(captioner, "captioner", tmp_path)
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings | {"language_width": 8}))
+    with pytest.raises(CheckpointError, match="do not fit"):
+        adapters.load(tiny_captioner(), "captioner", tmp_path)
+
+
 def test_adapters_do_not_stack() -> None:
     captioner = tiny_captioner()
-    adapters.add(captioner, "captioner", 5, 7)
+    add(captioner, "captioner", 5, 7)
     assert adapters.name_of(captioner) == "captioner"
     with pytest.raises(ConfigError, match="already has the adapter 'captioner'"):
-        adapters.add(captioner, "qa", 0, 7)
+        add(captioner, "qa", 0, 7)
     with pytest.raises(ConfigError, match="no adapter 'qa'"):
         adapters.save(captioner, "qa", Path("nowhere"))
 
@@ -302,8 +321,8 @@ def test_gradients_reach_only_the_soft_prompt() -> None:
 def test_soft_tokens_have_no_logits_and_order_of_attaching_does_not_matter() -> None:
     one, other = tiny_captioner(), tiny_captioner()
     soft_prompt.attach(one, 3, "Caption")
-    adapters.add(one, "captioner", 4, 4)
-    adapters.add(other, "captioner", 4, 4)
+    add(one, "captioner", 4, 4)
+    add(other, "captioner", 4, 4)
     soft_prompt.attach(other, 3, "Caption")
     names = [{name for name, p in c.model.named_parameters() if p.requires_grad} for c in (one, other)]
     assert names[0] == names[1] and "model.language_model.embed_tokens.soft" in names[0]

@@ -12,14 +12,19 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import torch
+from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 
-from captioner import distributed
+from captioner import distributed, sharding, soft_prompt
 from captioner.config import Config, load
 from captioner.errors import ConfigError
 from loops import golden, qa, sft
 from loops.cli import main
+from tests.test_adapters import inputs, logits, snapshot
+from tests.test_adapters import train as step
 from tests.test_demo import SMALL
-from tests.tiny import tiny_checkpoint
+from tests.tiny import tiny_captioner, tiny_checkpoint
 
 FIELDS = {
     "model.device": "cpu",
@@ -38,9 +43,15 @@ FIELDS = {
 MAIN = "import sys; from loops.cli import main; sys.exit(main(sys.argv[1:]))"
 
 
-def start(run: Path, fields: dict[str, str], *words: str) -> subprocess.Popen[str]:
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python")
+TORCHRUN += ("--", sys.executable)  # else torchrun takes our --run for one of its own
+
+
+def start(
+    run: Path, fields: dict[str, str], *words: str, launcher: tuple[str, ...] = ()
+) -> subprocess.Popen[str]:
     flags = [word for name, value in fields.items() for word in (f"--{name}", value)]
-    command = [sys.executable, "-c", MAIN, "sft", "--run", str(run), *flags, *words]
+    command = [sys.executable, *launcher, "-c", MAIN, "sft", "--run", str(run), *flags, *words]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -123,6 +134,71 @@ def test_ranks_end_with_the_process_that_started_them(tmp_path: Path) -> None:
     while any(Path(f"/proc/{pid}").exists() for pid in ranks) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the ranks in /proc")
+def test_full_tuning_in_parts_under_torchrun(tmp_path: Path) -> None:
+    """Sharded over two processes that are killed on the way: the losses and the checkpoint of one process."""
+    tiny_checkpoint(tmp_path / "base")
+    fields = FIELDS | {"model.path": str(tmp_path / "base"), "sft.tuning.type": "full"}
+    fields |= {"sft.training.steps": "8", "sft.training.patience": "9"}
+    one: Config = load(None, fields | {"sft.training.accumulation": "2"})
+    assert sft.run(one, argparse.Namespace(run_dir=tmp_path / "one", redo=False, gpus=1)) == 0
+
+    two = start(tmp_path / "two", fields, launcher=TORCHRUN)
+    while two.poll() is None and not list((tmp_path / "two").glob("sft/checkpoints/*/trainer_state.json")):
+        time.sleep(0.01)
+    os.kill(children(two.pid)[1], signal.SIGKILL)
+    two.communicate(timeout=400)
+    assert two.returncode != 0 and not (tmp_path / "two" / "sft" / "stage.json").exists()
+    again = start(tmp_path / "two", fields, launcher=TORCHRUN)
+    told, said = again.communicate(timeout=400)
+    assert again.returncode == 0, said
+    assert "resuming from step 4" in told
+
+    assert len(logged(tmp_path / "one", "loss")) == 8
+    assert logged(tmp_path / "two", "loss") == pytest.approx(logged(tmp_path / "one", "loss"), abs=1.01e-4)
+    for name in ("grad_norm", "validation_loss"):
+        assert logged(tmp_path / "two", name) == pytest.approx(logged(tmp_path / "one", name), rel=1e-4)
+    wanted, found = (
+        load_file(tmp_path / name / "sft" / "captioner" / "model.safetensors") for name in ("one", "two")
+    )
+    base = load_file(tmp_path / "base" / "model.safetensors")
+    assert wanted.keys() == found.keys()
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(found[name], tensor, atol=2e-4, rtol=1e-4, msg=name)
+    name = "model.language_model.layers.0.mlp.gate_proj.weight"
+    assert (wanted[name] - base[name]).abs().max() > 5e-3
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_sharded_parameters_and_the_model_that_comes_out(half: bool) -> None:
+    captioner = tiny_captioner()
+    soft_prompt.attach(captioner, 3, "Caption")
+    before, stock = snapshot(captioner, lambda _: True), type(captioner.model)
+    fed = inputs(captioner, [*captioner.soft_prompt_ids, 40, 41, 42, 43])
+    expected = logits(captioner, fed)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        with sharding.sharded(captioner, "cpu", bfloat16=half):
+            assert all(isinstance(p, DTensor) for p in captioner.model.parameters())
+            found = logits(captioner, fed)
+            assert found.dtype == (torch.bfloat16 if half else torch.float32)
+            assert torch.equal(found, expected) != half
+            assert (found - expected).abs().max() < 0.1 * expected.abs().max()
+            step(captioner, fed=fed)
+            assert {p.grad.dtype for p in captioner.model.parameters()} == {torch.float32}  # type: ignore[union-attr]
+            moved = {name: p.full_tensor() for name, p in captioner.model.named_parameters()}  # type: ignore[attr-defined]
+    finally:
+        torch.distributed.destroy_process_group()
+    assert type(captioner.model) is stock
+    assert captioner.model.get_output_embeddings().weight is captioner.model.get_input_embeddings().weight
+    after = dict(captioner.model.named_parameters())
+    assert not any(isinstance(p, DTensor) for p in after.values()) and after.keys() == before.keys()
+    assert all(torch.equal(after[name], value) for name, value in moved.items())
+    still = [name for name, value in before.items() if torch.equal(after[name], value)]
+    assert [name for name in still if ".pos_embed" not in name] == []
+    logits(captioner, fed)
 
 
 def test_a_message_of_another_rank_is_passed_on(tmp_path: Path) -> None:

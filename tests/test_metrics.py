@@ -183,6 +183,19 @@ def test_breakdown_by_kind_and_size() -> None:
     assert table["recall by rarity"]["held_out"].high < 1
 
 
+def test_precision_by_size_by_hand() -> None:
+    """Of what stands at the place: repeated statements count once, empty places and relations for nothing."""
+    small = scenes.Thing("north", "circle", "red", "small", None)
+    large = scenes.Thing("south", "star", "blue", "large", "dot")
+    facts = scenes.Scene("gray", (small, large)).to_json()
+    said = "gray background, north circle, north circle, north blue, north dot, south star, west ring, hm, "
+    row = metrics.count("a", said + "circle above star, south large", facts, finish_reason="stop", tokens=9)
+    assert row.groups["precision by size"] == {"small": (1, 3), "large": (2, 2)}
+    told = "There is a small green circle in the north."
+    prose = metrics.count("a", told, facts, finish_reason="stop", tokens=9, prose=True)
+    assert prose.groups["precision by size"] == {"small": (2, 3)}
+
+
 def test_gate_promotes_a_better_captioner() -> None:
     decision = metrics.gate(counts(spoiled(np.random.default_rng(5), 0.5)), counts(ORACLE), GateConfig())
     assert decision.promoted

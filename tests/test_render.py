@@ -291,3 +291,27 @@ def test_bytes_and_pixels_collate_alike(qwen3: Captioner) -> None:
     as_bytes = collate(renderer, [TrainRow(patches, grid, False, branches)])
     as_floats = collate(renderer, [TrainRow(renderer.normalise(patches), grid, False, branches)])
     assert all(torch.equal(as_bytes[name], as_floats[name]) for name in as_floats)
+
+
+# ---- shown otherwise: the rows of `captioner study views` that only change what is shown
+
+
+def test_exchanged_names_and_gray_crops(qwen3: Captioner) -> None:
+    from captioner.config import Config
+    from loops.studies.views import GRAY, _renderer
+
+    plain, names, gray = (
+        Renderer(qwen3, ViewsConfig()),
+        _renderer(qwen3, Config(), "names"),
+        _renderer(qwen3, Config(), "gray"),
+    )
+    prompts_ = [renderer.prompt(image(3), "Visible: center red?") for renderer in (plain, names, gray)]
+    tags = plain.tags()
+    assert len(tags) == 6 and names.tags() == (tags[0], *tags[2:], tags[1]) and gray.tags() == tags
+    text = [qwen3.tokenizer.decode(each.input_ids) for each in prompts_]
+    assert text[0] == text[2] != text[1] and sorted(text[0]) == sorted(text[1])
+    assert torch.equal(prompts_[0].pixel_values, prompts_[1].pixel_values)
+    shown, blank = prompts_[0].pixel_values, prompts_[2].pixel_values
+    first = int(prompts_[0].image_grid_thw[0].prod())
+    assert torch.equal(shown[:first], blank[:first]) and not torch.equal(shown[first:], blank[first:])
+    assert blank[first:].unique().tolist() == pytest.approx([GRAY / 127.5 - 1.0], abs=1e-6)

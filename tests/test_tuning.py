@@ -1,6 +1,7 @@
 """Every way to tune: what trains, what stays bit-equal, and that the export is the tuned function."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,9 @@ from captioner.config import (
 from captioner.errors import CheckpointError, ConfigError, Refused
 from captioner.model import Captioner, describe_trainable
 from captioner.render import Prompt
+from loops.studies import _arms
+from loops.studies import tuning as study
+from loops.study import measure
 from tests.test_adapters import inputs, logits, shake, snapshot
 from tests.test_adapters import train as step
 from tests.test_fuse import reload
@@ -150,7 +154,9 @@ def test_padded_widths_are_the_same_function(family: str, multiple: int, tmp_pat
         mlp = getattr(captioner.family, f"{tower}_mlp")
         for block in again.blocks[tower]:
             out = again.model.get_submodule(block).get_submodule(mlp.output).weight
-            assert out.shape[1] == -(-width // multiple) * multiple
+            whole = family == "qwen2_vl" and tower == "vision"  # mlp_ratio
+            step = math.lcm(multiple, 96) if whole else multiple
+            assert out.shape[1] == -(-width // step) * step
             assert (out[:, width:] == 0).all()
 
 
@@ -283,3 +289,40 @@ def test_pickled_adapter_is_not_read(tmp_path: Path) -> None:
     torch.save({"x": torch.zeros(1)}, tmp_path / "adapter_model.bin")
     with pytest.raises(CheckpointError, match="cannot be read"):
         adapters.load(tiny_captioner(), "captioner", tmp_path)
+
+
+# ── the study ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_study_measures_every_arm_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed in its third training, it goes on there; done, it trains nothing."""
+    tiny_checkpoint(tmp_path / "base")
+    kept = ("soft prompt only", "adapters, sequential", "LoRA")
+    monkeypatch.setattr(study, "ARMS", {name: study.ARMS[name] for name in kept})
+    fields = {
+        "model.path": str(tmp_path / "base"),
+        "sft.data": "scenes:sft:4",
+        "evaluate.data": "scenes:test:2",
+    }
+    fields |= {"sft.training.steps": "1", "sft.training.batch_size": "2", "evaluate.max_tokens": "4"}
+    fields |= {"views.levels": "1", "views.center": "false"}
+    config = load(None, fields)
+    real, trained = _arms.train, list[str]()
+
+    def train_or_die(settings: Config, work: Path, home: Path) -> Captioner:
+        trained.append(home.name)
+        if len(trained) == 3:
+            raise KeyboardInterrupt
+        return real(settings, work, home)
+
+    monkeypatch.setattr(study, "train", train_or_die)
+    with pytest.raises(KeyboardInterrupt):
+        measure(study, config, tmp_path / "study", 0)
+    results = measure(study, config, tmp_path / "study", 0)
+    assert trained == ["soft-prompt-only", "adapters-sequential", "LoRA", "LoRA"]
+    assert list(results) == [study.BASE, *kept]
+    assert results["soft prompt only"]["parameters"] == study.SOFT * 64 / 1e3
+    costs = [results[name] for name in kept]
+    assert all(cost["step"] > 0 and cost["memory"] > 0 for cost in costs)
+    assert costs[0]["memory"] < costs[2]["memory"]  # fewer moments and fewer activations
+    assert measure(study, config, tmp_path / "study", 0) == results and len(trained) == 4

@@ -32,7 +32,9 @@ ARMS = {
 COLUMNS = {
     "precision": "precision",
     "recall": "recall",
+    "precision_small": "precision, small objects",
     "recall_small": "recall, small objects",
+    "precision_large": "precision, large objects",
     "recall_large": "recall, large objects",
     "precision_mark": "precision, marks",
     "recall_mark": "recall, marks",
@@ -71,7 +73,9 @@ def _scores(config: Config, work: Path, captioner: Captioner, shown: str | None 
     return {
         "precision": overall["precision"].value,
         "recall": overall["recall"].value,
+        "precision_small": share(counts, "precision by size", "small"),
         "recall_small": share(counts, "recall by size", "small"),
+        "precision_large": share(counts, "precision by size", "large"),
         "recall_large": share(counts, "recall by size", "large"),
         "precision_mark": share(counts, "precision by kind", "mark"),
         "recall_mark": share(counts, "recall by kind", "mark"),

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -9,10 +13,11 @@ from typing import Any, Literal
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
-from captioner import model, prompts, scenes
+from captioner import fuse, model, prompts, render, scenes, views
 from captioner.config import Config, EngineConfig, SamplingConfig, ServerConfig, ToolConfig, ViewsOverride
 from captioner.engines import CaptionRequest, NoAnswer, QuestionBatch, TextRequest, make_engine
 from captioner.engines.server import ServerEngine
@@ -21,6 +26,8 @@ from captioner.errors import EngineError
 from captioner.formats.folder import read_captions
 from captioner.tool import LLM, ToolFailed
 from loops.cli import main
+from tests.test_fuse import adapted
+from tests.test_render import messages
 from tests.vllm.conftest import Server
 
 pytestmark = [pytest.mark.vllm, pytest.mark.xdist_group("vllm")]  # one server for all
@@ -221,6 +228,85 @@ def test_a_killed_server_costs_nothing_but_time(
     theirs, ours = (list(read_captions(tmp_path / name)) for name in ("hf", "ours"))
     assert [row.model_dump() for row in ours] == [row.model_dump() for row in theirs]
     assert len(ours) == 24 and all(row.error is None for row in ours)
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])  # all other tests are of qwen3_vl
+def test_every_family_is_served(family: str, vllm_python: str, tmp_path: Path) -> None:
+    """Adapters in both towers and a soft prompt; vLLM brings transformers 5, whose configs are strict."""
+    fuse.export(adapted(family, torch.float32), tmp_path / "tiny", multiple=16)
+    server = Server(vllm_python, tmp_path / "tiny", tmp_path / "log")
+    server.start()
+    try:
+        hf, ours = both(tmp_path / "tiny", server)
+        expected = [candidate.text for [candidate] in hf.sample(requests(), 1, GREEDY)]  # type: ignore[attr-defined]
+        assert [candidate.text for [candidate] in ours.sample(requests(), 1, GREEDY)] == expected
+        ours.close()
+    finally:
+        server.stop()
+
+
+PLAIN = """
+import json, sys
+from pathlib import Path
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+folder, crops, messages = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
+model, processor = (kind.from_pretrained(folder) for kind in (AutoModelForImageTextToText, AutoProcessor))
+text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+said = []
+for place in sorted(crops.iterdir()):
+    images = [Image.open(file) for file in sorted(place.iterdir())]
+    fed = processor(text=[text], images=images, do_resize=False, return_tensors="pt")
+    tokens = model.generate(**fed, max_new_tokens=80, do_sample=False)[0, fed["input_ids"].shape[1] :]
+    said.append(processor.decode(tokens, skip_special_tokens=True))
+assert not any(name.split(".")[0] in ("captioner", "adapters", "peft") for name in sys.modules)
+print("RESULT" + json.dumps(said))
+"""
+
+
+def test_an_exported_captioner_in_vllm_and_in_plain_transformers(vllm_python: str, tmp_path: Path) -> None:
+    """The base with trained adapters and soft prompt, as `captioner export` leaves it: the same captions."""
+    run, out = str(tmp_path / "run"), tmp_path / "captioner"
+    training = ["--sft.data", "scenes:sft:64", "--sft.validation", "none", "--sft.multi_view_share", "0.5"]
+    training += ["--sft.training.steps", "24", "--sft.training.batch_size", "8"]
+    training += ["--sft.training.learning_rate", "5e-3", "--model.device", "cpu"]
+    assert main(["sft", "--run", run, *training]) == 0
+    adapter = ["--adapter", f"{run}/sft/adapter", "--model.path", "scenes-base"]
+    assert main(["export", "--run", run, "--out", str(out), *adapter, "--multiple", "32", "--verify"]) == 0
+
+    hf = make_engine(out, settings("hf"))
+    renderer = render.Renderer(hf.captioner, hf.captioner.views)  # type: ignore[attr-defined]
+    soft = "".join(renderer.captioner.tokenizer.convert_ids_to_tokens(renderer.captioner.soft_prompt_ids))
+    assert soft.startswith("<|soft_0|>") and len(renderer.tags()) == 6
+    pictures = [scenes.draw(scenes.sample("test", i), i) for i in range(6)]
+    for i, picture in enumerate(pictures):
+        (place := tmp_path / "crops" / str(i)).mkdir(parents=True)
+        for j, crop in enumerate(views.cut(picture, renderer.plan(*picture.size))):
+            crop.save(place / f"{j}.png")
+    asked = [CaptionRequest(f"k{i}", picture, f"{i:064x}") for i, picture in enumerate(pictures)]
+    greedy = SamplingConfig(temperature=0.0, max_tokens=80)
+    expected = [candidate.text for [candidate] in hf.sample(asked, 1, greedy)]
+    assert len(set(expected)) == 6 and all("," in text for text in expected)
+
+    command = [sys.executable, "-c", PLAIN, str(out), str(tmp_path / "crops")]
+    plain = subprocess.run(
+        [*command, json.dumps(messages(renderer, soft))],
+        cwd=tmp_path,  # where this package cannot be imported from
+        env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
+        capture_output=True,
+        text=True,
+    )
+    assert plain.returncode == 0, plain.stderr
+    assert json.loads(plain.stdout.partition("RESULT")[2]) == expected
+
+    server = Server(vllm_python, out, tmp_path / "log")
+    server.start()
+    try:
+        ours = make_engine(out, settings("server", server.url))
+        assert [candidate.text for [candidate] in ours.sample(asked, 1, greedy)] == expected
+        ours.close()
+    finally:
+        server.stop()
 
 
 def test_the_shipped_base(vllm_python: str, tmp_path: Path) -> None:
