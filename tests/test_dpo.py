@@ -612,7 +612,7 @@ sys.exit(main(["dpo", "--round", "1", "--run", sys.argv[2]]))
 
 
 def command(where: str, run_dir: Path) -> subprocess.CompletedProcess[str]:
-    """`captioner dpo` in a process of its own; it kills itself at the fourth step of the trainer ``where``."""
+    """`captioner dpo` in its own process, which kills itself at the fourth step of the trainer ``where``."""
     words = [sys.executable, "-c", DIES, where, str(run_dir)]
     root = Path(__file__).parent.parent
     return subprocess.run(words, capture_output=True, text=True, timeout=300, cwd=root, check=False)
@@ -642,14 +642,9 @@ def test_command_killed_twice_equals_an_uninterrupted_one(
         assert checkpoints(out) == ["checkpoint-2"]
         assert not (killed / "round-1" / "captioner").exists()
     loop.run(config, argparse.Namespace(run_dir=killed, redo=False, round=1))
-    for a, b in zip(
-        *(
-            load_file(each / "round-1" / "captioner" / "model.safetensors").values()
-            for each in (alone, killed)
-        ),
-        strict=True,
-    ):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+    made = [load_file(each / "round-1" / "captioner" / "model.safetensors") for each in (alone, killed)]
+    for name, weights in made[0].items():
+        torch.testing.assert_close(made[1][name], weights, rtol=0, atol=1e-6, msg=name)
     assert logged(alone / "round-1" / "dpo") == pytest.approx(logged(home), abs=1e-6)
 
 
