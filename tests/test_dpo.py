@@ -524,6 +524,7 @@ def test_token_weights_follow_the_statements() -> None:
     [
         {"loss": ["kto", "sigmoid"]},
         {"loss": ["kto"], "anchor_weight": 1},
+        {"loss": ["kto"], "loss_weights": [2]},
         {"loss": ["sigmoid"], "loss_weights": [1, 2]},
         {"loss": ["exo_pair"]},
         {"loss": ["ipo"], "length_margin": 0.1},

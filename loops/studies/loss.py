@@ -63,6 +63,9 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "DPO + CE, β 0.3": (PAIRED, _CE | {"beta": 0.3}),
     "DPO + CE, CE × 0.1": (PAIRED, {"ce_weight": 0.1}),
     "DPO + CE, CE × 3": (PAIRED, {"ce_weight": 3.0}),
+    "DPO, no golden SFT, rate × 4": (START, _PLAIN | {"rate": 4}),
+    "DPO + CE, no golden SFT, rate × 4": (START, _CE | {"rate": 4}),
+    "DPO + CE + anchor, no golden SFT, rate × 4": (START, _ANCHOR | {"rate": 4}),
     "DPO, rate × 4": (PAIRED, _PLAIN | {"rate": 4}),
     "DPO + CE, rate × 4": (PAIRED, _CE | {"rate": 4}),
     "DPO + CE + anchor, rate × 4": (PAIRED, _ANCHOR | {"rate": 4}),
@@ -86,7 +89,7 @@ def measure(config: Config, work: Path) -> Iterator[tuple[str, dict[str, float]]
     bases = {START: scores(run, START, start)}
     yield START, _judged(bases, START, bases[START], config)
     for name, samples in STARTS.items():
-        starts[name] = work / name.replace(" ", "-")
+        starts[name] = work / f"golden_sft_{samples}"
         settings = _changed(config, {"golden_sft_samples": samples})
         if not starts[name].is_dir():
             dpo.golden_sft(settings, start, captions, pairs, paths, work / "golden-sft", starts[name])
