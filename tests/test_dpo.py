@@ -572,29 +572,6 @@ def made_round(run_dir: Path, config: Config, pairs: Sequence[Pair], folder: Pat
     stage.finish({})
 
 
-@pytest.mark.parametrize("golden_sft_steps", [0, 2])
-def test_dpo_command(pairs: list[Pair], folder: Path, tmp_path: Path, golden_sft_steps: int) -> None:
-    config, run_dir = round_config(golden_sft_steps=golden_sft_steps), tmp_path / "run"
-    made_round(run_dir, config, pairs, folder)
-    args = argparse.Namespace(run_dir=run_dir, redo=False, round=1)
-    assert loop.run(config, args) == 0
-
-    home = run_dir / "round-1"
-    reference = home / "dpo" / "reference" if golden_sft_steps else run_dir / "sft" / "captioner"
-    manifest = json.loads((home / "dpo" / "stage.json").read_text())
-    where = str(reference.relative_to(run_dir))
-    assert manifest["reference"] == {"path": where, "hash": hash_path(reference)}
-    stored = Shards(home / "dpo" / "pairs", Pair).read_all()
-    assert [p.chosen for p in stored] == [p.chosen for p in pairs]
-    referee, paths = model.load(reference), paths_of(folder)
-    with torch.no_grad():
-        fresh = plain_logps(referee, paths[stored[0].key], stored[0].rejected).sum().item()
-    assert stored[0].ref_rejected_logp == pytest.approx(fresh, rel=1e-5)
-    width = model.load(home / "captioner").model.config.text_config.intermediate_size
-    assert width == referee.model.config.text_config.intermediate_size + 4
-    assert not (home / "dpo" / "checkpoints").exists()
-
-
 DIES = """
 import os, signal, sys
 from transformers import Trainer
@@ -669,6 +646,29 @@ def test_command_stopped_by_an_alarm_keeps_the_old_captioner(
     gentle = round_config(golden_sft_steps=0)
     assert loop.run(gentle, argparse.Namespace(run_dir=tmp_path, redo=True, round=1)) == 0
     assert (tmp_path / "round-1" / "captioner").is_dir() and not (home / "alarm.json").exists()
+
+
+@pytest.mark.parametrize("golden_sft_steps", [0, 2])
+def test_dpo_command(pairs: list[Pair], folder: Path, tmp_path: Path, golden_sft_steps: int) -> None:
+    config, run_dir = round_config(golden_sft_steps=golden_sft_steps), tmp_path / "run"
+    made_round(run_dir, config, pairs, folder)
+    args = argparse.Namespace(run_dir=run_dir, redo=False, round=1)
+    assert loop.run(config, args) == 0
+
+    home = run_dir / "round-1"
+    reference = home / "dpo" / "reference" if golden_sft_steps else run_dir / "sft" / "captioner"
+    manifest = json.loads((home / "dpo" / "stage.json").read_text())
+    where = str(reference.relative_to(run_dir))
+    assert manifest["reference"] == {"path": where, "hash": hash_path(reference)}
+    stored = Shards(home / "dpo" / "pairs", Pair).read_all()
+    assert [p.chosen for p in stored] == [p.chosen for p in pairs]
+    referee, paths = model.load(reference), paths_of(folder)
+    with torch.no_grad():
+        fresh = plain_logps(referee, paths[stored[0].key], stored[0].rejected).sum().item()
+    assert stored[0].ref_rejected_logp == pytest.approx(fresh, rel=1e-5)
+    width = model.load(home / "captioner").model.config.text_config.intermediate_size
+    assert width == referee.model.config.text_config.intermediate_size + 4
+    assert not (home / "dpo" / "checkpoints").exists()
 
 
 def test_pairs_of_an_evaluation_image_are_refused(pairs: list[Pair], folder: Path, tmp_path: Path) -> None:
