@@ -4,12 +4,14 @@
 
 One random Qwen3-VL, the same images in six views, the same captions (a quarter of the prompt long), the same
 losses (sigmoid and sft), full fine-tuning with AdamW, float32 on a CPU and bfloat16 autocast on CUDA. TRL's
-trainer gets the six views as six images and computes its reference from a second model in every step, as it
-does for images; ours computes it once before, which is counted in every step here, as if each pair were seen
-once. Each trainer has a process of its own; they take steps in turn, so what else the machine does meets
-both, and the ratio printed is the median over the turns, with its quartiles. Peak memory is that of the
-process on a CPU, of the allocator on CUDA, above what is there before the model is loaded. Seconds are those
-of the processor on a CPU, and of the clock on CUDA.
+trainer gets the six views as six images and transformers' own model (ours goes through
+`model.speed_up_vision`), and computes its reference from a second model in every step, as it does for images;
+ours computes it once before, which is counted in every step here, as if each pair were seen once.
+
+Each trainer has a process of its own. They take steps in turn, so what else the machine does meets both, and
+the ratio printed is the median over the turns, with its quartiles. Peak memory is that of the process on a
+CPU, of the allocator on CUDA, above what is there before the model is loaded. Seconds are those of the
+processor on a CPU, and of the clock on CUDA.
 """
 
 from __future__ import annotations
@@ -158,11 +160,12 @@ def shared(captioner: Any, renderer: Any, pairs: Any, paths: Any, training: Any,
 
 
 def stock(captioner: Any, renderer: Any, pairs: Any, paths: Any, training: Any, out: Path) -> None:
-    """TRL alone: its trainer, its collator, its reference model."""
+    """TRL alone: its trainer, its collator, its reference model, and the model as transformers loads it."""
     from datasets import Dataset
+    from transformers import AutoModelForImageTextToText
     from trl import DPOTrainer
 
-    from captioner import model, preference, prompts, views
+    from captioner import preference, prompts, views
     from captioner.config import DPOConfig
 
     rows = []
@@ -177,9 +180,10 @@ def stock(captioner: Any, renderer: Any, pairs: Any, paths: Any, training: Any, 
     args = preference.arguments(captioner, training, out, DPOConfig(beta=BETA, ce_weight=CE_WEIGHT))
     args.precompute_ref_log_probs = False  # TRL refuses it for images
     args.per_device_train_batch_size = len(pairs)
+    captioner.model = AutoModelForImageTextToText.from_pretrained(captioner.path)  # its own is freed
     trainer = DPOTrainer(
         model=captioner.model,
-        ref_model=model.load(captioner.path).model,
+        ref_model=AutoModelForImageTextToText.from_pretrained(captioner.path),
         args=args,
         train_dataset=Dataset.from_list(rows * training.steps),
         processing_class=captioner.processor,

@@ -83,7 +83,8 @@ def scores(run: Run, name: str, checkpoint: Path) -> Metrics:
     from all others (``unique``) and that go round in circles (``looping``)."""
     summary, _ = evaluate.evaluate(run, [evaluate.Entry(name, checkpoint)], run.config.evaluate.data)
     [one] = summary["captioners"]
-    found = {key: x["value"] for key, x in one["metrics"].items() if x["value"] is not None}
+    found = {"f1": 0.0, "repeated": 0.0}  # of one that says nothing both are undefined
+    found |= {key: x["value"] for key, x in one["metrics"].items() if x["value"] is not None}
     said = [row.caption or "" for row in Shards(run.path / one["captions"], CaptionRow).read_all()]
     unique, looping = len(set(said)) / len(said), sum(map(repeats, said)) / len(said)
     return found | {"unique": unique, "looping": looping}

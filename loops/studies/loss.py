@@ -139,7 +139,7 @@ def _judged(bases: dict[str, Metrics], begin: str, now: Metrics, config: Config)
     base = bases[begin]
     wrong = alarms.changed(base, now, config.dpo.alarms)
     verdict = {
-        "collapsed": float(bool(wrong) or now.get("recall", 0.0) < base["recall"] / 2),
-        "worse": float(now.get("f1", 0.0) < bases[START]["f1"]),
+        "collapsed": float(bool(wrong) or now["recall"] < base["recall"] / 2),
+        "worse": float(now["f1"] < bases[START]["f1"]),
     }
     return {name: value for name, value in now.items() if name in COLUMNS} | verdict

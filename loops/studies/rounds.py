@@ -93,7 +93,7 @@ def _chain(run: Run, name: str, start: Metrics) -> Iterator[tuple[str, dict[str,
             lower.append(float((said["difference"]["f1"]["value"] or 0.0) < 0))
         more = {"promoted": float(said["promoted"]), "stopped": 0.0}
         yield f"{name}, round {number}", _shown(now) | _learned_from(run, number) | more
-    better = float(kept.get("f1", 0.0) > start.get("f1", 0.0))
+    better = float(kept["f1"] > start["f1"])
     share = {"worse": sum(lower) / len(lower)} if lower else {}
     yield f"{name}, gated", _shown(kept) | {"better": better, "promoted": float(len(lower))} | share
 
