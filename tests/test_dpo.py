@@ -635,14 +635,15 @@ def test_command_stopped_by_an_alarm_keeps_the_old_captioner(
     config = round_config(golden_sft_steps=0, training=wild, alarms=watch)
     made_round(tmp_path, config, pairs, folder)
     home = tmp_path / "round-1" / "dpo"
-    for _ in range(2):
-        done = command("nowhere", tmp_path)
-        assert done.returncode == 3, done.stderr
-        seen = json.loads((home / "alarm.json").read_text())
-        assert "nats a token from the SFT captioner" in seen["what"] and seen["what"] in done.stderr
-        assert seen["kept"] == checkpoints(home)[-1] and f"checkpoint: {seen['kept']}" in done.stderr
-        assert not (tmp_path / "round-1" / "captioner").exists() and not (home / "stage.json").exists()
-        assert Run.open(tmp_path, config).newest_captioner() == tmp_path / "sft" / "captioner"
+    done = command("nowhere", tmp_path)
+    assert done.returncode == 3, done.stderr
+    with pytest.raises(Refused, match="nats a token from the SFT captioner") as again:
+        loop.run(config, argparse.Namespace(run_dir=tmp_path, redo=False, round=1))
+    seen = json.loads((home / "alarm.json").read_text())
+    assert seen["what"] == again.value.what and seen["what"] in done.stderr
+    assert seen["kept"] == checkpoints(home)[-1] and f"checkpoint: {seen['kept']}" in done.stderr
+    assert not (tmp_path / "round-1" / "captioner").exists() and not (home / "stage.json").exists()
+    assert Run.open(tmp_path, config).newest_captioner() == tmp_path / "sft" / "captioner"
     gentle = round_config(golden_sft_steps=0)
     assert loop.run(gentle, argparse.Namespace(run_dir=tmp_path, redo=True, round=1)) == 0
     assert (tmp_path / "round-1" / "captioner").is_dir() and not (home / "alarm.json").exists()
