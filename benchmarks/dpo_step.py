@@ -4,11 +4,14 @@
 
 One random Qwen3-VL, the same images in six views, the same captions (a quarter of the prompt long), the same
 losses (sigmoid and sft), full fine-tuning with AdamW, float32 on a CPU and bfloat16 autocast on CUDA. TRL's
-trainer gets the six views as six images and computes its reference from a second model in every step, as it
-does for images; ours computes it once before, and that time is counted too. Each of the four cases runs in a
-process of its own; peak memory is that of the process on a CPU, of the allocator on CUDA, above what is
-there before the model is loaded. Seconds are those of the processor on a CPU, so that other work on the
-machine does not count, and of the clock on CUDA.
+trainer gets the six views as six images and transformers' own model (ours goes through
+`model.speed_up_vision`), and computes its reference from a second model in every step, as it does for images;
+ours computes it once before, which is counted in every step here, as if each pair were seen once.
+
+Each trainer has a process of its own. They take steps in turn, so what else the machine does meets both, and
+the ratio printed is the median over the turns, with its quartiles. Peak memory is that of the process on a
+CPU, of the allocator on CUDA, above what is there before the model is loaded. Seconds are those of the
+processor on a CPU, and of the clock on CUDA.
 """
 
 from __future__ import annotations
@@ -20,10 +23,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from statistics import median, quantiles
 from typing import Any
 
 BETA, CE_WEIGHT, VIEW = 0.1, 1.0, 128  # px
+KINDS = ("stock", "shared")
 
 
 def main() -> None:
@@ -36,25 +42,51 @@ def main() -> None:
         print(json.dumps(measure(*args.case.split(":"), args.steps, args.hidden)))
         return
     for rejected, images in ((1, 4), (4, 2)):
-        found = {}
-        for kind in ("stock", "shared"):
-            command = [sys.executable, __file__, "--case", f"{kind}:{rejected}:{images}"]
-            command += ["--steps", str(args.steps), "--hidden", str(args.hidden)]
-            done = subprocess.run(command, check=True, capture_output=True, text=True)
-            found[kind] = json.loads(done.stdout.splitlines()[-1])
-            one = found[kind]
-            print(
-                f"{rejected} rejected, {kind:6}: {one['pairs_s']:.2f} pairs/s, "
-                f"peak {one['peak_mib']:.0f} MiB (prompt {one['prompt']} tokens, caption {one['caption']}), "
-                f"{one['device']}",
-                flush=True,
-            )
-        stock, shared = found["stock"], found["shared"]
+        seconds, peaks, about = in_turn(rejected, images, args.steps, args.hidden)
+        for kind in KINDS:
+            rate = rejected * images / median(seconds[kind])
+            print(f"{rejected} rejected, {kind:6}: {rate:.2f} pairs/s, peak {peaks[kind]:.0f} MiB ({about})")
+        times = [stock / shared for stock, shared in zip(*(seconds[kind] for kind in KINDS), strict=True)]
+        low, _, high = quantiles(times)
         print(
-            f"{rejected} rejected: {shared['pairs_s'] / stock['pairs_s']:.2f} times the pairs/s at "
-            f"{shared['peak_mib'] / stock['peak_mib']:.2f} of the peak memory",
+            f"{rejected} rejected: {median(times):.2f} ({low:.2f} to {high:.2f}) times the pairs/s at "
+            f"{peaks['shared'] / peaks['stock']:.2f} of the peak memory",
             flush=True,
         )
+
+
+def in_turn(
+    rejected: int, images: int, steps: int, hidden: int
+) -> tuple[dict[str, list[float]], dict[str, float], str]:
+    """Seconds of every step and peak MiB by trainer, and what was measured; the first step warms up."""
+    processes, seconds, peaks, about = {}, {}, {}, ""
+    for kind in KINDS:
+        command = [sys.executable, __file__, "--case", f"{kind}:{rejected}:{images}"]
+        command += ["--steps", str(steps), "--hidden", str(hidden)]
+        pipe = subprocess.PIPE
+        processes[kind] = subprocess.Popen(command, text=True, stdin=pipe, stdout=pipe, bufsize=1)
+        seconds[kind] = list[float]()
+        hear(processes[kind])  # it is ready for its first step
+    for _ in range(steps + 1):
+        for kind, process in processes.items():
+            assert process.stdin is not None
+            process.stdin.write("go\n")
+            seconds[kind].append(hear(process)["seconds"])
+    for kind, process in processes.items():
+        done = hear(process)
+        peaks[kind], about = done["peak_mib"], done["about"]
+        assert process.wait() == 0
+    return {kind: each[1:] for kind, each in seconds.items()}, peaks, about
+
+
+def hear(process: subprocess.Popen[str]) -> dict[str, Any]:
+    """The next line of JSON that a process prints; what else it prints is passed over."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith('{"'):
+            heard: dict[str, Any] = json.loads(line)
+            return heard
+    raise SystemExit("a trainer ended early")
 
 
 def measure(kind: str, rejected: str, images: str, steps: int, hidden: int) -> dict[str, Any]:
@@ -78,18 +110,13 @@ def measure(kind: str, rejected: str, images: str, steps: int, hidden: int) -> d
         training = TrainingConfig(
             steps=steps + 1, batch_size=int(images), learning_rate=1e-5, warmup=0, save_steps=10**6
         )
-        clock: list[float] = []
         run = stock if kind == "stock" else shared
-        extra = run(captioner, renderer, pairs, paths, training, folder, clock)
-        seconds = clock[-1] - clock[0] + extra * steps  # the first step warms up
+        run(captioner, renderer, pairs, paths, training, folder)
         grid = renderer.images_batch([image(next(iter(paths.values())))])[0][1]
-        return {
-            "pairs_s": len(pairs) * steps / seconds,
-            "peak_mib": memory(peak=True) - before,
-            "prompt": len(renderer.prefix_ids(grid)) + len(renderer.branch_ids(None)[0]),
-            "caption": len(renderer.text_ids(pairs[0].chosen)) + 1,
-            "device": str(captioner.device),
-        }
+        prompt = len(renderer.prefix_ids(grid)) + len(renderer.branch_ids(None)[0])
+        caption = len(renderer.text_ids(pairs[0].chosen)) + 1
+        about = f"prompt {prompt} tokens, caption {caption}, {captioner.device}"
+        return {"peak_mib": memory(peak=True) - before, "about": about}
 
 
 def now() -> float:
@@ -113,34 +140,32 @@ def memory(peak: bool = False) -> float:
     return pages * resource.getpagesize() / 2**20
 
 
-def shared(
-    captioner: Any, renderer: Any, pairs: Any, paths: Any, training: Any, out: Path, clock: Any
-) -> float:
-    """Trains; returns the seconds that the reference of one step's pairs took."""
+def shared(captioner: Any, renderer: Any, pairs: Any, paths: Any, training: Any, out: Path) -> None:
     from captioner import preference, train
     from captioner.config import DPOConfig
 
     dpo = DPOConfig(beta=BETA, ce_weight=CE_WEIGHT)
     collator = preference.PairCollator(renderer, pairs, paths, training, dpo, {})
     args = preference.arguments(captioner, training, out, dpo)
+
+    def reference() -> None:
+        scored = preference.score(trainer, pairs, "", training.batch_size)
+        collator.reference = preference.by_image(scored)
+
     with preference.shared_prefix(captioner) as seen:
-        trainer = train.make_trainer(preference._DPO, captioner, collator, args, ticks(clock))
+        trainer = train.make_trainer(preference._DPO, captioner, collator, args, turns(reference))
         trainer.seen, trainer.dpo = seen, dpo
-        start = now()
-        collator.reference = preference.by_image(preference.score(trainer, pairs, "", training.batch_size))
-        took = now() - start
+        reference()
         trainer.train()
-    return took
 
 
-def stock(
-    captioner: Any, renderer: Any, pairs: Any, paths: Any, training: Any, out: Path, clock: Any
-) -> float:
-    """TRL alone: its trainer, its collator, its reference model."""
+def stock(captioner: Any, renderer: Any, pairs: Any, paths: Any, training: Any, out: Path) -> None:
+    """TRL alone: its trainer, its collator, its reference model, and the model as transformers loads it."""
     from datasets import Dataset
+    from transformers import AutoModelForImageTextToText
     from trl import DPOTrainer
 
-    from captioner import model, preference, prompts, views
+    from captioner import preference, prompts, views
     from captioner.config import DPOConfig
 
     rows = []
@@ -155,26 +180,44 @@ def stock(
     args = preference.arguments(captioner, training, out, DPOConfig(beta=BETA, ce_weight=CE_WEIGHT))
     args.precompute_ref_log_probs = False  # TRL refuses it for images
     args.per_device_train_batch_size = len(pairs)
+    captioner.model = AutoModelForImageTextToText.from_pretrained(captioner.path)  # its own is freed
     trainer = DPOTrainer(
         model=captioner.model,
-        ref_model=model.load(captioner.path).model,
+        ref_model=AutoModelForImageTextToText.from_pretrained(captioner.path),
         args=args,
         train_dataset=Dataset.from_list(rows * training.steps),
         processing_class=captioner.processor,
-        callbacks=[ticks(clock)],
+        callbacks=[turns(lambda: None)],
     )
     trainer.train()
-    return 0.0
 
 
-def ticks(clock: list[float]) -> Any:
+def turns(reference: Callable[[], None]) -> Any:
+    """Waits for a line before each step and prints the seconds since the last, ``reference`` included.
+
+    What is waited is not counted, and a batch is drawn before its step begins: a turn is from the end of a
+    step to the end of the next.
+    """
     from transformers import TrainerCallback
 
-    class Ticks(TrainerCallback):
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            clock.append(now())
+    class Turns(TrainerCallback):
+        begun = 0.0
 
-    return Ticks()
+        def wait(self) -> None:
+            print(json.dumps({"ready": True}) if not self.begun else "", flush=True)
+            sys.stdin.readline()
+            self.begun = now()
+
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            self.wait()
+
+        def on_step_end(self, _args: Any, state: Any, *_: Any, **__: Any) -> None:
+            reference()
+            print(json.dumps({"seconds": now() - self.begun}), flush=True)
+            if state.global_step < state.max_steps:
+                self.wait()
+
+    return Turns()
 
 
 def image(path: Path) -> Any:

@@ -375,8 +375,10 @@ class DPOConfig(Section):
             raise ValueError(f"{len(self.loss)} losses have {len(self.loss_weights)} loss_weights")
         if "exo_pair" in self.loss and not self.label_smoothing:
             raise ValueError("exo_pair needs a label_smoothing above 0, such as 0.001")
-        if "kto" in self.loss and (len(self.loss) > 1 or self.anchor_weight or self.image_weight):
-            raise ValueError("kto stands alone: no second loss, no anchor_weight, no image_weight")
+        if "kto" in self.loss and (
+            self.loss_weights or len(self.loss) > 1 or self.anchor_weight or self.image_weight
+        ):
+            raise ValueError("kto stands alone: no second loss, loss_weights, anchor_weight or image_weight")
         if self.length_margin and not set(self.loss) <= MARGIN_LOSSES:
             raise ValueError(f"length_margin goes with {', '.join(sorted(MARGIN_LOSSES))} only")
         return self

@@ -25,8 +25,10 @@ from captioner.config import (
     AlarmsConfig,
     Config,
     DPOConfig,
+    LoraTuning,
     Loss,
     TrainingConfig,
+    Tuning,
     ViewsConfig,
 )
 from captioner.errors import Refused, RunError
@@ -47,6 +49,8 @@ VERDICTS = {
     "west red": "keep",
 }
 VERDICTS |= {"northwest square": "keep", "northeast circle": "keep"}
+ADAPTERS = AdapterTuning(vision_width=4, language_width=4)
+LORA = LoraTuning(rank=4, targets=("language", "vision", "merger"))
 TRAINING = TrainingConfig(steps=4, batch_size=2, learning_rate=1e-3, save_steps=2, log_steps=1, seed=3)
 
 
@@ -191,10 +195,22 @@ def departed(captioner: Captioner) -> None:
             parameter.data += 0.05 * torch.randn_like(parameter)
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
-def test_sharing_equals_stock_trl(family: str, pairs: list[Pair], folder: Path, tmp_path: Path) -> None:
-    """Losses of every kind and all gradients, two and three rejected; checkpointing in one family."""
-    captioner = prepared(family=family)
+@pytest.mark.parametrize(
+    ("family", "tuning", "checkpointing"),
+    [
+        ("qwen2_vl", ADAPTERS, False),
+        ("qwen2_5_vl", ADAPTERS, True),
+        ("qwen3_vl", ADAPTERS, False),
+        ("qwen2_vl", LORA, True),
+        ("qwen2_5_vl", LORA, False),
+        ("qwen3_vl", LORA, True),
+    ],
+)
+def test_sharing_equals_stock_trl(
+    family: str, tuning: Tuning, checkpointing: bool, pairs: list[Pair], folder: Path, tmp_path: Path
+) -> None:
+    """Gradients and losses, of every kind in one case; two and three rejected."""
+    captioner = prepared(tuning, family=family)
     pairs = [*pairs, pairs[0].model_copy(update={"rejected": "center square, center blue", "k": 2})]
     dpo = DPOConfig(beta=BETA, ce_weight=CE_WEIGHT, label_smoothing=0.1)
     with preference.shared_prefix(captioner) as seen:
@@ -202,8 +218,8 @@ def test_sharing_equals_stock_trl(family: str, pairs: list[Pair], folder: Path, 
         scored = preference.score(trainer, pairs, "w", 3)
     captioner.model.__dict__.pop("forward")
     departed(captioner)
-    if family == "qwen2_5_vl":
-        captioner.model.gradient_checkpointing_enable()
+    if checkpointing:
+        captioner.model.gradient_checkpointing_enable({"use_reentrant": False})
     captioner.model.train()
     with preference.shared_prefix(captioner) as seen:
         trainer = trainer_of(captioner, pairs, folder, tmp_path, seen, dpo)
@@ -212,7 +228,8 @@ def test_sharing_equals_stock_trl(family: str, pairs: list[Pair], folder: Path, 
         assert sorted(picked.count(pair) for pair in picked) == [1] * len(picked)
         assert {len(group) for group in trainer.data_collator.groups} == {2, 3}
         ours = {}
-        for name in set(get_args(Loss)) - {"kto"} if family == "qwen3_vl" else ["sigmoid"]:
+        every = (family, tuning) == ("qwen3_vl", ADAPTERS)
+        for name in set(get_args(Loss)) - {"kto"} if every else ["sigmoid"]:
             trainer.loss_types = [name, "sft"]
             loss = trainer.compute_loss(captioner.model, batch)
             ours[name] = loss, gradients(loss, captioner) if name == "sigmoid" else {}
@@ -396,43 +413,6 @@ def test_resumed_run_equals_an_uninterrupted_one(
     assert logged(tmp_path / "a") == pytest.approx(logged(tmp_path / "b"), abs=1e-6)
 
 
-DIES = """
-import os, signal, sys
-from pathlib import Path
-from captioner import preference
-from captioner.records import Pair
-from captioner.runs import Shards
-from tests import test_dpo
-
-step = preference._DPO.training_step
-
-def dies(self, *arguments, **named):
-    if self.state.global_step == 3:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return step(self, *arguments, **named)
-
-preference._DPO.training_step = dies
-folder, out = map(Path, sys.argv[1:])
-test_dpo.fit(test_dpo.frozen_soft(), Shards(folder.parent, Pair).read(0), folder, out)
-"""
-
-
-def test_killed_and_resumed_equals_uninterrupted(pairs: list[Pair], folder: Path, tmp_path: Path) -> None:
-    straight = frozen_soft()
-    fit(straight, pairs, folder, tmp_path / "a")
-    Shards(folder.parent, Pair).write(0, pairs)
-    command = [sys.executable, "-c", DIES, str(folder), str(tmp_path / "b")]
-    (tmp_path / "b").mkdir()
-    killed = subprocess.run(command, capture_output=True, timeout=300, cwd=Path(__file__).parent.parent)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
-    assert [path.name for path in (tmp_path / "b" / "checkpoints").glob("checkpoint-*")] == ["checkpoint-2"]
-    resumed = frozen_soft()
-    fit(resumed, pairs, folder, tmp_path / "b")
-    for (name, a), b in zip(state(straight).items(), state(resumed).values(), strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-6, msg=name)
-    assert logged(tmp_path / "a") == pytest.approx(logged(tmp_path / "b"), abs=1e-6)
-
-
 @pytest.mark.parametrize("what", ["weights", "pixels", "tokens", "pairs"])
 def test_a_reference_of_something_else_is_refused(
     what: str, pairs: list[Pair], folder: Path, tmp_path: Path
@@ -544,6 +524,7 @@ def test_token_weights_follow_the_statements() -> None:
     [
         {"loss": ["kto", "sigmoid"]},
         {"loss": ["kto"], "anchor_weight": 1},
+        {"loss": ["kto"], "loss_weights": [2]},
         {"loss": ["sigmoid"], "loss_weights": [1, 2]},
         {"loss": ["exo_pair"]},
         {"loss": ["ipo"], "length_margin": 0.1},
@@ -591,13 +572,86 @@ def made_round(run_dir: Path, config: Config, pairs: Sequence[Pair], folder: Pat
     stage.finish({})
 
 
+DIES = """
+import os, signal, sys
+from transformers import Trainer
+from loops.cli import main
+
+step = Trainer.training_step
+
+def dies(self, *arguments, **named):
+    if (type(self).__name__, self.state.global_step) == ("_" + sys.argv[1], 3):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, *arguments, **named)
+
+Trainer.training_step = dies
+sys.exit(main(["dpo", "--round", "1", "--run", sys.argv[2]]))
+"""
+
+
+def command(where: str, run_dir: Path) -> subprocess.CompletedProcess[str]:
+    """`captioner dpo` in its own process, which kills itself at the fourth step of the trainer ``where``."""
+    words = [sys.executable, "-c", DIES, where, str(run_dir)]
+    root = Path(__file__).parent.parent
+    return subprocess.run(words, capture_output=True, text=True, timeout=300, cwd=root, check=False)
+
+
+def round_config(**dpo: Any) -> Config:
+    watch = {"every": 2, "images": 2, "max_tokens": 8, "chosen_below": 0}
+    training = TRAINING.model_dump() | dpo.pop("training", {})
+    watch |= dpo.pop("alarms", {})
+    own = {"golden_sft_steps": 4, "tuning": ADAPTERS, "training": training, "alarms": watch} | dpo
+    held_out = {"gate": {"data": "scenes:validation:2"}, "evaluate": {"data": "scenes:test:2"}}
+    return Config.model_validate({"dpo": own, **held_out})
+
+
+def test_command_killed_twice_equals_an_uninterrupted_one(
+    pairs: list[Pair], folder: Path, tmp_path: Path
+) -> None:
+    """kill -9 in the golden SFT and in the preference training; the same command goes on."""
+    config, alone, killed = round_config(), tmp_path / "alone", tmp_path / "killed"
+    for run_dir in (alone, killed):
+        made_round(run_dir, config, pairs, folder)
+    loop.run(config, argparse.Namespace(run_dir=alone, redo=False, round=1))
+    home = killed / "round-1" / "dpo"
+    for where, out in (("SFT", home / "golden-sft"), ("DPO", home)):
+        done = command(where, killed)
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        assert checkpoints(out) == ["checkpoint-2"]
+        assert not (killed / "round-1" / "captioner").exists()
+    loop.run(config, argparse.Namespace(run_dir=killed, redo=False, round=1))
+    made = [load_file(each / "round-1" / "captioner" / "model.safetensors") for each in (alone, killed)]
+    for name, weights in made[0].items():
+        torch.testing.assert_close(made[1][name], weights, rtol=0, atol=1e-6, msg=name)
+    assert logged(alone / "round-1" / "dpo") == pytest.approx(logged(home), abs=1e-6)
+
+
+def test_command_stopped_by_an_alarm_keeps_the_old_captioner(
+    pairs: list[Pair], folder: Path, tmp_path: Path
+) -> None:
+    """Exit 3 and what it saw; the same command rings again from the last good checkpoint; --redo mends."""
+    wild = {"learning_rate": 0.5, "warmup": 0.5, "steps": 8, "save_steps": 1}
+    watch = {"every": 1, "max_kl": 0.2, "max_change": 1}
+    config = round_config(golden_sft_steps=0, training=wild, alarms=watch)
+    made_round(tmp_path, config, pairs, folder)
+    home = tmp_path / "round-1" / "dpo"
+    done = command("nowhere", tmp_path)
+    assert done.returncode == 3, done.stderr
+    with pytest.raises(Refused, match="nats a token from the SFT captioner") as again:
+        loop.run(config, argparse.Namespace(run_dir=tmp_path, redo=False, round=1))
+    seen = json.loads((home / "alarm.json").read_text())
+    assert seen["what"] == again.value.what and seen["what"] in done.stderr
+    assert seen["kept"] == checkpoints(home)[-1] and f"checkpoint: {seen['kept']}" in done.stderr
+    assert not (tmp_path / "round-1" / "captioner").exists() and not (home / "stage.json").exists()
+    assert Run.open(tmp_path, config).newest_captioner() == tmp_path / "sft" / "captioner"
+    gentle = round_config(golden_sft_steps=0)
+    assert loop.run(gentle, argparse.Namespace(run_dir=tmp_path, redo=True, round=1)) == 0
+    assert (tmp_path / "round-1" / "captioner").is_dir() and not (home / "alarm.json").exists()
+
+
 @pytest.mark.parametrize("golden_sft_steps", [0, 2])
 def test_dpo_command(pairs: list[Pair], folder: Path, tmp_path: Path, golden_sft_steps: int) -> None:
-    tuning = AdapterTuning(vision_width=4, language_width=4)
-    watch = AlarmsConfig(every=2, images=2, max_tokens=8, chosen_below=0)
-    dpo = DPOConfig(golden_sft_steps=golden_sft_steps, tuning=tuning, training=TRAINING, alarms=watch)
-    held_out = {"gate": {"data": "scenes:validation:2"}, "evaluate": {"data": "scenes:test:2"}}
-    config, run_dir = Config.model_validate({"dpo": dpo, **held_out}), tmp_path / "run"
+    config, run_dir = round_config(golden_sft_steps=golden_sft_steps), tmp_path / "run"
     made_round(run_dir, config, pairs, folder)
     args = argparse.Namespace(run_dir=run_dir, redo=False, round=1)
     assert loop.run(config, args) == 0

@@ -212,6 +212,26 @@ def test_iterate_refuses_a_worse_round(
     assert [e.name for e in evaluate.run_entries(run, run.config)] == ["base", "SFT", "round 1 (refused)"]
 
 
+def test_an_alarm_in_round_two_leaves_round_one(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint(run.captioner_dir(0), "lies")
+    calls = make_steps(monkeypatch, "oracle")
+    train = iterate.STEPS[2].run
+
+    def rings(config: Config, args: argparse.Namespace) -> None:
+        if args.round == 2:
+            raise Refused("alarm at step 7")
+        train(config, args)
+
+    monkeypatch.setattr(iterate.STEPS[2], "run", rings)
+    for _ in range(2):  # the same command ends in the same way
+        assert iterate.run(run.config, arguments(run, rounds=[1, 2, 3])) == 0
+        assert "alarm at step 7\nround 1 is the best and stays" in capsys.readouterr().out
+        assert run.newest_captioner() == run.captioner_dir(1)
+    assert calls[-1] == "golden 2"
+
+
 def test_round_two_first_names_the_command(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint(run.captioner_dir(0), "oracle")
     calls = make_steps(monkeypatch, "oracle")

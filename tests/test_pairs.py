@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from captioner import pairs
@@ -84,6 +84,7 @@ def test_why_none() -> None:
     assert pairs.why_none(golden("red cup"), CANDIDATES[2:3]) == pairs.TOO_FEW_REFUTED
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # of a busy machine
 @given(
     st.lists(st.lists(st.sampled_from(["red cup", "dog", "cat", "tree"]), max_size=4), max_size=6),
     st.integers(1, 4),

@@ -1,4 +1,4 @@
-"""What the studies of tuning and views share: train a captioner, caption scenes, remember what is done."""
+"""What the studies share: train a captioner, caption scenes and score them, remember what is done."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from captioner import metrics
+from captioner.bulk.watch import repeats
 from captioner.config import Config, SamplingConfig
 from captioner.formats import resolve
 from captioner.formats.folder import ImageRow, read_folder
 from captioner.metrics import Counts
-from captioner.runs import Run, atomic_write_json
-from loops import sft
+from captioner.records import CaptionRow
+from captioner.runs import Run, Shards, atomic_write_json
+from loops import evaluate, sft
 
 if TYPE_CHECKING:
     from captioner.engines.hf import HFEngine
@@ -74,3 +76,15 @@ def share(counts: Sequence[Counts], grouping: str, group: str) -> float:
     """One of ``metrics.breakdown``, NaN where there is nothing of the group."""
     groups = metrics.breakdown(counts, resamples=1).get(grouping, {})
     return groups[group].value if group in groups else float("nan")
+
+
+def scores(run: Run, name: str, checkpoint: Path) -> Metrics:
+    """Every metric of a checkpoint on ``evaluate.data``, with the shares of its captions that are different
+    from all others (``unique``) and that go round in circles (``looping``)."""
+    summary, _ = evaluate.evaluate(run, [evaluate.Entry(name, checkpoint)], run.config.evaluate.data)
+    [one] = summary["captioners"]
+    found = {"f1": 0.0, "repeated": 0.0}  # of one that says nothing both are undefined
+    found |= {key: x["value"] for key, x in one["metrics"].items() if x["value"] is not None}
+    said = [row.caption or "" for row in Shards(run.path / one["captions"], CaptionRow).read_all()]
+    unique, looping = len(set(said)) / len(said), sum(map(repeats, said)) / len(said)
+    return found | {"unique": unique, "looping": looping}

@@ -2,11 +2,14 @@
 
 One round per seed: SFT captioner, verifier, samples, golden captions and pairs are made once, and every arm
 trains on those pairs from the same start. *Collapsed* is the share of seeds in which what the captioner
-writes sets off the alarms' rules (`dpo.alarms`; they are measured here and stop nothing) or recall halves.
+writes sets off the alarms' rules (`dpo.alarms`, against what the training began with; they are measured here
+and stop nothing) or its recall halves; *worse* that in which its F1 lies below the SFT captioner's. The
+log-probabilities are nats a caption, of the last batches.
 """
 
 from __future__ import annotations
 
+import shutil
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,15 +18,18 @@ from typing import Any
 from captioner import alarms
 from captioner.config import Config
 from captioner.formats.folder import read_folder
-from captioner.records import CaptionRow, Golden, Pair
+from captioner.records import Golden, Pair
 from captioner.runs import Run, Shards, remove_dir
 from loops import dpo, evaluate, golden, qa, sft
 from loops.iterate import arguments
+from loops.studies._arms import Metrics, remembered, scores
 
 COLUMNS = {
     "collapsed": "collapsed",
+    "worse": "worse",
     "precision": "precision",
     "recall": "recall",
+    "f1": "F1",
     "ended": "ended",
     "repeated": "repeated",
     "tokens": "tokens",
@@ -32,22 +38,23 @@ COLUMNS = {
 }
 PAIRED = "golden SFT alone"
 OWN = "golden SFT on two own samples, too"
-NONE = "no golden SFT"
 START = "SFT captioner"
+STARTS = {PAIRED: 0, OWN: 2}  # own samples of each image
 _CE: dict[str, Any] = {"ce_weight": 1.0}
 _PLAIN: dict[str, Any] = {"ce_weight": 0.0}
-# arm -> what it starts from, and the changes to the dpo section
+_ANCHOR: dict[str, Any] = {"ce_weight": 1.0, "anchor_weight": 1.0}
+# arm -> what it starts from, and the changes to the dpo section; "rate" multiplies the learning rate
 ARMS: dict[str, tuple[str, dict[str, Any]]] = {
-    "DPO, no golden SFT": (NONE, _PLAIN),
-    "DPO + CE, no golden SFT": (NONE, _CE),
-    "DPO + CE + anchor, no golden SFT": (NONE, _CE | {"anchor_weight": 1.0}),
+    "DPO, no golden SFT": (START, _PLAIN),
+    "DPO + CE, no golden SFT": (START, _CE),
+    "DPO + CE + anchor, no golden SFT": (START, _ANCHOR),
     "DPO": (PAIRED, _PLAIN),
     "hinge": (PAIRED, _PLAIN | {"loss": ("hinge",)}),
     "IPO": (PAIRED, _PLAIN | {"loss": ("ipo",)}),
     "KTO": (PAIRED, _PLAIN | {"loss": ("kto",)}),
     "DPO + CE": (PAIRED, _CE),
     "DPO + CE after own samples, too": (OWN, _CE),
-    "DPO + CE + anchor": (PAIRED, _CE | {"anchor_weight": 1.0}),
+    "DPO + CE + anchor": (PAIRED, _ANCHOR),
     "DPO + CE, refuted tokens × 3": (PAIRED, _CE | {"refuted_weight": 3.0}),
     "DPO + CE, confirmed tokens × 0.3": (PAIRED, _CE | {"confirmed_weight": 0.3}),
     "DPO + CE + image term": (PAIRED, _CE | {"image_weight": 1.0}),
@@ -56,7 +63,14 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "DPO + CE, β 0.3": (PAIRED, _CE | {"beta": 0.3}),
     "DPO + CE, CE × 0.1": (PAIRED, {"ce_weight": 0.1}),
     "DPO + CE, CE × 3": (PAIRED, {"ce_weight": 3.0}),
+    "DPO, no golden SFT, rate × 4": (START, _PLAIN | {"rate": 4}),
+    "DPO + CE, no golden SFT, rate × 4": (START, _CE | {"rate": 4}),
+    "DPO + CE + anchor, no golden SFT, rate × 4": (START, _ANCHOR | {"rate": 4}),
+    "DPO, rate × 4": (PAIRED, _PLAIN | {"rate": 4}),
+    "DPO + CE, rate × 4": (PAIRED, _CE | {"rate": 4}),
+    "DPO + CE + anchor, rate × 4": (PAIRED, _ANCHOR | {"rate": 4}),
 }
+SCORED_APART = {"refuted_weight", "confirmed_weight", "image_weight"}  # as is KTO: their reference is another
 
 
 def measure(config: Config, work: Path) -> Iterator[tuple[str, dict[str, float]]]:
@@ -71,40 +85,61 @@ def measure(config: Config, work: Path) -> Iterator[tuple[str, dict[str, float]]
     pairs, _ = dpo.linted(run, Shards(home / "pairs", Pair).read_all(), start)
     verdicts = dpo.verdicts(home / "claims")
     captions = Shards(home / "golden", Golden).read_all()
-    first, base = _score(run, START, start, {})
-    yield START, first
-    starts = {NONE: start}
-    for name, samples in ((PAIRED, 0), (OWN, 2)):
-        starts[name] = work / name.replace(" ", "-")
-        learned = config.dpo.model_copy(update={"golden_sft_samples": samples})
+    starts = {START: start}
+    bases = {START: scores(run, START, start)}
+    yield START, _judged(bases, START, bases[START], config)
+    for name, samples in STARTS.items():
+        starts[name] = work / f"golden_sft_{samples}"
+        settings = _changed(config, {"golden_sft_samples": samples})
         if not starts[name].is_dir():
-            settings = config.model_copy(update={"dpo": learned})
             dpo.golden_sft(settings, start, captions, pairs, paths, work / "golden-sft", starts[name])
             remove_dir(work / "golden-sft")  # its checkpoints would be gone on from
-        yield name, _score(run, name, starts[name], base)[0]
+        bases[name] = scores(run, name, starts[name])
+        yield name, _judged(bases, START, bases[name], config)
+
     for arm, (begin, changes) in ARMS.items():
-        out = work / "arm"
-        silent = {"alarms": config.dpo.alarms.model_copy(update={"every": 0, "chosen_below": 0})}
-        settings = config.model_copy(update={"dpo": config.dpo.model_copy(update=silent | changes)})
-        remove_dir(out)
-        out.mkdir()
-        trained = dpo.prefer(settings, starts[begin], pairs, paths, out, out / "captioner", None, verdicts)
-        moved = {name: trained[f"rewards/{name}"] / settings.dpo.beta for name in ("chosen", "rejected")}
-        yield arm, _score(run, arm, out / "captioner", base)[0] | moved
+
+        def train(
+            folder: Path, arm: str = arm, begin: str = begin, changes: dict[str, Any] = changes
+        ) -> Metrics:
+            settings, out = _changed(config, changes), folder / "dpo"
+            remove_dir(out)
+            out.mkdir()
+            # the log-probabilities under one reference are the same for most losses
+            shared = (
+                None
+                if changes.keys() & SCORED_APART or "kto" in settings.dpo.loss
+                else work / "reference" / begin
+            )
+            if shared and (shared / "pairs").is_dir():
+                shutil.copytree(shared / "pairs", out / "pairs")
+            done = dpo.prefer(settings, starts[begin], pairs, paths, out, out / "captioner", None, verdicts)
+            found = scores(run, arm, out / "captioner")
+            if shared and not (shared / "pairs").is_dir():
+                shutil.copytree(out / "pairs", shared / ".pairs", dirs_exist_ok=True)
+                (shared / ".pairs").rename(shared / "pairs")
+            remove_dir(out)
+            moved = {name: done[f"rewards/{name}"] / settings.dpo.beta for name in ("chosen", "rejected")}
+            return _judged(bases, begin, found, config) | moved
+
+        yield arm, remembered(work, arm, train)
 
 
-def _score(
-    run: Run, name: str, checkpoint: Path, base: dict[str, float]
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Scores on the test images, and what the captions are like; ``base`` is the latter of the start."""
-    entry = evaluate.Entry(name, checkpoint)
-    summary, _ = evaluate.evaluate(run, [entry], run.config.evaluate.data)
-    [one] = summary["captioners"]
-    scores = {key: x["value"] for key, x in one["metrics"].items() if x["value"] is not None}
-    rows = Shards(run.path / one["captions"], CaptionRow).read_all()
-    like = {key: scores[key] for key in ("ended", "repeated", "tokens")}
-    like |= {"recall": scores["recall"], "unique": len({row.caption for row in rows}) / len(rows)}
-    if base:
-        wrong = alarms.changed(base, like, run.config.dpo.alarms)
-        scores["collapsed"] = float(bool(wrong) or like["recall"] < base["recall"] / 2)
-    return {key: scores[key] for key in COLUMNS if key in scores}, like
+def _changed(config: Config, changes: dict[str, Any]) -> Config:
+    """The settings of an arm: its changes to the dpo section, and silent alarms."""
+    silent: dict[str, Any] = {"alarms": config.dpo.alarms.model_copy(update={"every": 0, "chosen_below": 0})}
+    rate = config.dpo.training.learning_rate * changes.get("rate", 1)
+    silent |= {"training": config.dpo.training.model_copy(update={"learning_rate": rate})}
+    own = {name: value for name, value in changes.items() if name != "rate"}
+    return config.model_copy(update={"dpo": config.dpo.model_copy(update=silent | own)})
+
+
+def _judged(bases: dict[str, Metrics], begin: str, now: Metrics, config: Config) -> Metrics:
+    """The metrics of the table, with whether a captioner collapsed; ``bases`` are those of the starts."""
+    base = bases[begin]
+    wrong = alarms.changed(base, now, config.dpo.alarms)
+    verdict = {
+        "collapsed": float(bool(wrong) or now["recall"] < base["recall"] / 2),
+        "worse": float(now["f1"] < bases[START]["f1"]),
+    }
+    return {name: value for name, value in now.items() if name in COLUMNS} | verdict

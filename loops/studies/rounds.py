@@ -2,8 +2,12 @@
 
 Per seed the SFT captioner goes through four rounds, once with a length budget for golden captions and once
 without. Every round starts from the one before, whatever its gate says; what the gate says is noted, and
-*gated* is the captioner that a run with the gate ends with: that before the first refusal. The golden
-captions' own precision and recall tell whether a round gets worse because what it learns from does.
+*gated* is the captioner that `captioner iterate --rounds 1-4` keeps: that before the first refusal. Of it,
+*better* says in what share of the seeds its F1 on the test scenes is above the SFT captioner's, *worse* what
+share of its promoted rounds had a lower F1 on the gate's scenes than the captioner they replaced.
+
+Why a round gets worse: what it learns from does (precision and recall of its golden captions), because its
+verifier does (accuracy on planted claims) or its samples do (precision, share that repeats itself).
 """
 
 from __future__ import annotations
@@ -11,7 +15,7 @@ from __future__ import annotations
 import json
 import shutil
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +23,29 @@ from captioner import metrics
 from captioner.config import Config
 from captioner.errors import Refused
 from captioner.formats.folder import read_folder
-from captioner.metrics import Counts
-from captioner.records import Golden
+from captioner.records import Candidate, Golden
 from captioner.runs import Run, Shards, atomic_write_json
-from loops import evaluate, iterate, sft
+from loops import evaluate, golden, iterate, qa, sft
 from loops.iterate import arguments
+from loops.studies._arms import Metrics, scores
 
 COLUMNS = {
+    "better": "better",
+    "worse": "worse",
+    "promoted": "promoted",
+    "stopped": "stopped by alarm, linter or too many failures",
     "precision": "precision",
     "recall": "recall",
     "f1": "F1",
     "ended": "ended",
     "repeated": "repeated",
+    "looping": "looping",
     "tokens": "tokens",
     "golden_precision": "precision of its golden captions",
     "golden_recall": "their recall",
-    "promoted": "promoted",
-    "stopped": "stopped by alarm, linter or too many failures",
+    "verifier": "its verifier's accuracy",
+    "samples_precision": "precision of its samples",
+    "samples_repeating": "samples that repeat a statement",
 }
 START = PAIRED = "SFT captioner"
 ROUNDS = (1, 2, 3, 4)
@@ -43,25 +53,30 @@ UNBOUND = 10_000  # tokens: no budget
 
 
 def measure(config: Config, work: Path) -> Iterator[tuple[str, dict[str, float]]]:
-    base = work / "sft-run"
-    sft.run(config, arguments(sft, Namespace(run_dir=base, redo=False)))
+    base = work / "base"
+    for step in (sft, qa, golden):  # the claims of round 1 are the same with and without a budget
+        step.run(config, arguments(step, Namespace(run_dir=base, redo=False), round=1))
     run = Run.open(base, config, create=False)
-    yield START, _scores(run, run.captioner_dir(0))
+    start = scores(run, START, run.captioner_dir(0))
+    yield START, _shown(start)
     for name, budget in (("budget", config.golden.max_tokens), ("no budget", UNBOUND)):
-        golden = config.golden.model_copy(update={"max_tokens": budget})
-        settings = config.model_copy(update={"golden": golden})
+        settings = config.model_copy(
+            update={"golden": config.golden.model_copy(update={"max_tokens": budget})}
+        )
         if not (work / name).is_dir():
-            shutil.copytree(base, work / f".{name}", dirs_exist_ok=True)
+            of_budget = shutil.ignore_patterns("golden", "pairs")
+            shutil.copytree(base, work / f".{name}", dirs_exist_ok=True, ignore=of_budget)
             (work / f".{name}").rename(work / name)
-        yield from _chain(Run.open(work / name, settings, create=False), name)
+        yield from _chain(Run.open(work / name, settings, create=False), name, start)
 
 
-def _chain(run: Run, name: str) -> Iterator[tuple[str, dict[str, float]]]:
+def _chain(run: Run, name: str, start: Metrics) -> Iterator[tuple[str, dict[str, float]]]:
     """Every round, promoted or not; then the captioner that a gated run would hold."""
     args = Namespace(run_dir=run.path, redo=False)
-    gated, refused = _scores(run, run.captioner_dir(0)), False
+    kept, refused, lower = start, False, list[float]()
     for number in ROUNDS:
         gate = run.path / f"round-{number}" / "gate.json"
+        gate.unlink(missing_ok=True)  # of a killed study: it is said anew
         try:
             iterate.run_round(run, number, args)
         except Refused as refusal:
@@ -70,31 +85,41 @@ def _chain(run: Run, name: str) -> Iterator[tuple[str, dict[str, float]]]:
                 yield f"{name}, round {number}", {"stopped": 1.0, "promoted": 0.0}
                 break
         said = json.loads(gate.read_text(encoding="utf-8"))
-        promoted = said.get("by_gate", said["promoted"])
-        refused = refused or not promoted
-        atomic_write_json(gate, said | {"promoted": True, "by_gate": promoted})  # the chain goes on
-        scores = _scores(run, run.captioner_dir(number))
-        gated = gated if refused else scores
-        more = {"promoted": float(promoted), "stopped": 0.0}
-        yield f"{name}, round {number}", scores | _golden(run, number) | more
-    yield f"{name}, gated", gated
+        refused = refused or not said["promoted"]
+        atomic_write_json(gate, said | {"promoted": True})  # the chain goes on
+        now = scores(run, f"round {number}", run.captioner_dir(number))
+        if not refused:
+            kept = now
+            lower.append(float((said["difference"]["f1"]["value"] or 0.0) < 0))
+        more = {"promoted": float(said["promoted"]), "stopped": 0.0}
+        yield f"{name}, round {number}", _shown(now) | _learned_from(run, number) | more
+    better = float(kept["f1"] > start["f1"])
+    share = {"worse": sum(lower) / len(lower)} if lower else {}
+    yield f"{name}, gated", _shown(kept) | {"better": better, "promoted": float(len(lower))} | share
 
 
-def _scores(run: Run, checkpoint: Path) -> dict[str, float]:
-    summary, _ = evaluate.evaluate(run, [evaluate.Entry("", checkpoint)], run.config.evaluate.data)
-    found: dict[str, Any] = summary["captioners"][0]["metrics"]
-    return {key: found[key]["value"] for key in COLUMNS if key in found and found[key]["value"] is not None}
+def _shown(found: Metrics) -> Metrics:
+    return {name: value for name, value in found.items() if name in COLUMNS}
 
 
-def _golden(run: Run, number: int) -> dict[str, float]:
-    """Precision and recall of a round's golden captions against the facts of its scenes."""
+def _learned_from(run: Run, number: int) -> Metrics:
+    """What a round's golden captions, verifier and samples were like, by the facts of its scenes."""
     home = run.stage_dir(f"round-{number}")
     images = evaluate.round_images(home)
     assert images is not None
     facts = {row.key: row.facts for row in read_folder(images)}
-    rows: list[Counts] = [
-        metrics.count(each.key, each.text, facts[each.key], finish_reason="stop", tokens=each.tokens)
-        for each in Shards(home / "golden", Golden).read_all()
-    ]
-    scores = metrics.evaluate(rows, resamples=100)
-    return {f"golden_{name}": scores[name].value for name in ("precision", "recall")}
+
+    def judged(rows: Sequence[Golden] | Sequence[Candidate]) -> dict[str, metrics.Interval]:
+        one = [
+            metrics.count(r.key, r.text, facts[r.key], finish_reason="stop", tokens=r.tokens) for r in rows
+        ]
+        return metrics.evaluate(one, resamples=100)
+
+    learned = judged(Shards(home / "golden", Golden).read_all())
+    samples = Shards(home / "candidates", Candidate).read_all()
+    verifier: dict[str, Any] = json.loads((home / "verifier.json").read_text(encoding="utf-8"))
+    found = {f"golden_{name}": learned[name].value for name in ("precision", "recall")}
+    found["verifier"] = verifier["planted"]["all"]["accuracy"]
+    found["samples_precision"] = judged(samples)["precision"].value
+    found["samples_repeating"] = sum(each.repeats > 0 for each in samples) / len(samples)
+    return found
