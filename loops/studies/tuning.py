@@ -41,7 +41,7 @@ SOFT = 8  # tokens of a soft prompt
 # 2e-3, 5e-3, 1.5e-2; soft prompt 1e-2, 3e-2, 1e-1; projector 3e-3, 1e-2.
 ARMS: dict[str, tuple[Tuning, int, float]] = {
     "full": (FullTuning(), 0, 1.5e-3),
-    "LoRA": (LoraTuning(targets=("language", "vision", "merger")), 0, 3e-3),
+    "LoRA": (LoraTuning(targets=("language", "vision", "merger")), 0, 1e-2),
     "adapters, parallel": (AdapterTuning(), 0, 1.5e-2),
     "adapters, sequential": (AdapterTuning(placement="sequential"), 0, 1.5e-2),
     "soft prompt only": (PartsTuning(parts=()), SOFT, 1e-1),
