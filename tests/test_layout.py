@@ -13,7 +13,7 @@ from loops.cli import COMMANDS
 REPO = Path(__file__).resolve().parent.parent
 LEVELS = (
     {"errors", "config", "records", "prompts", "runs", "scenes"},
-    {"views", "model", "adapters", "soft_prompt", "distributed"},
+    {"views", "model", "adapters", "soft_prompt", "distributed", "sharding"},
     {"render", "engines", "tool"},
     {
         "losses",
