@@ -180,23 +180,28 @@ def test_a_job_killed_anywhere_ends_with_the_same_rows(
 
 
 def test_a_killed_worker_costs_nothing(tmp_path: Path, checkpoint: Path, zygote: Zygote) -> None:
-    source = write_tars(tmp_path / "tars", shards=24)
+    source = write_tars(tmp_path / "tars", shards=96)
     flags = [*SAMPLED, "--max-failed", "1", "--workers", "2"]
     assert cli.main(words(source, tmp_path / "whole", checkpoint, *SAMPLED, "--max-failed", "1")) == 0
-    out = tmp_path / "out"
-    pid = zygote.start(words(source, out, checkpoint, *flags))
-    killed: set[int] = set()
-    while (code := zygote.ended(0.02)) is None:
-        fresh = set(children(pid)) - killed
-        if fresh and len(killed) < 3 and list(out.glob("*.parquet")):
-            os.kill(min(fresh), signal.SIGKILL)
-            killed.add(min(fresh))
-    assert code == 0 and killed
-    assert rows(out) == rows(tmp_path / "whole")
-    found = status(out)
-    assert found["state"] == "done"
-    # one that was killed when its work was done is not missed
-    assert 0 < sum(worker["deaths"] for worker in found["workers"].values()) <= len(killed)
+    deaths = 0
+    for attempt in range(10):  # a worker that is killed when its work is done is not missed
+        out = tmp_path / f"out-{attempt}"
+        pid = zygote.start(words(source, out, checkpoint, *flags))
+        killed: set[int] = set()
+        while (code := zygote.ended(0.005)) is None:
+            fresh = set(children(pid)) - killed
+            if fresh and len(killed) < 3 and list(out.glob("*.parquet")):
+                os.kill(min(fresh), signal.SIGKILL)
+                killed.add(min(fresh))
+        assert code == 0
+        assert rows(out) == rows(tmp_path / "whole")
+        found = status(out)
+        assert found["state"] == "done"
+        deaths = sum(worker["deaths"] for worker in found["workers"].values())
+        assert deaths <= len(killed)
+        if deaths:
+            break
+    assert deaths
 
 
 POISON = b""  # bytes of the image that kills the process that works on it
