@@ -3,7 +3,8 @@
     python -m tests.ray_nodes WORDS...   (of ``captioner``)
 
 Prints what became of the job: its exit code, the nodes at the start and at the end, how many workers were
-killed, and what becomes of tasks that prepare an image: one ends well, one raises, one kills its process.
+killed, and what becomes of tasks that prepare an image: one ends well, one raises, one kills its process; and
+whether messages to a worker keep their order.
 """
 
 import json
@@ -12,7 +13,9 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import ray
@@ -22,6 +25,8 @@ from captioner.engines import ray_pool
 from captioner.views import BadImage
 from loops import cli
 from tests import conftest  # noqa: F401  (threads and network, before torch)
+
+MESSAGES = 300
 
 
 def actors() -> list[psutil.Process]:
@@ -63,6 +68,25 @@ def outcomes() -> list[str]:
     return found
 
 
+def echo(settings: object, executor: object, receive: Callable[[], Any], emit: Callable[[Any], None]) -> None:
+    while (message := receive()) is not None:
+        emit(("heard", message))
+
+
+def in_order() -> bool:
+    """Whether a worker hears what it is told in the order in which it is told."""
+    pool = ray_pool.RayPool(echo, None, list, gpus_each=0)
+    pool.start(0)
+    for number in range(MESSAGES):
+        pool.send(0, number)
+    pool.send(0, None)
+    events: list[tuple[Any, ...]] = []
+    while not events or events[-1][0] != "died":
+        events += [event for _, event in pool.poll(1.0)]
+    pool.close()
+    return [event[1] for event in events[:-1]] == list(range(MESSAGES))
+
+
 def main() -> None:
     words = sys.argv[1:]
     cluster = Cluster(
@@ -76,7 +100,8 @@ def main() -> None:
     threading.Thread(target=kill, args=(out, cluster, node, killed), daemon=True).start()
     code = cli.main([*words, "--runner", "ray", "--caption.ray_address", cluster.address])
     nodes.append(len(cluster.list_all_nodes()))
-    print(json.dumps({"code": code, "nodes": nodes, "killed": len(killed), "tasks": outcomes()}))
+    found = {"code": code, "nodes": nodes, "killed": len(killed)}
+    print(json.dumps(found | {"tasks": outcomes(), "in order": in_order()}))
     ray.shutdown()
     cluster.shutdown()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import queue
 import threading
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, TypeVar
@@ -61,13 +62,21 @@ class _Actor:
 
     def __init__(self, work: Callable[..., None], settings: Any, executor: Callable[[], Any]):
         self.inbox: queue.Queue[Any] = queue.Queue()
+        self.early: dict[int, Any] = {}  # messages that came before those sent before them
+        self.taken = 0
+        self.lock = threading.Lock()
         self.outbox: queue.Queue[Any] = queue.Queue(1000)
         arguments = (settings, executor(), self.inbox.get, self.outbox.put)
         self.thread = threading.Thread(target=work, args=arguments, daemon=True)
         self.thread.start()
 
-    def send(self, message: Any) -> None:
-        self.inbox.put(message)
+    def send(self, number: int, message: Any) -> None:
+        """Message ``number``, from 0: Ray runs the calls of an actor with several threads in any order."""
+        with self.lock:
+            self.early[number] = message
+            while self.taken in self.early:
+                self.inbox.put(self.early.pop(self.taken))
+                self.taken += 1
 
     def poll(self) -> list[Any] | None:
         """What was said since, None after the last word."""
@@ -103,17 +112,19 @@ class RayPool:
         )
         self._arguments = work, settings, executor
         self._actors: dict[int, Any] = {}
+        self._sent: Counter[int] = Counter()  # worker -> messages, since it was started
         self._polls: dict[Any, int] = {}  # the answer that is waited for -> worker
 
     def start(self, worker: int) -> None:
-        self._actors[worker] = self._make.remote(*self._arguments)
+        self._actors[worker], self._sent[worker] = self._make.remote(*self._arguments), 0
         self._ask(worker)
 
     def _ask(self, worker: int) -> None:
         self._polls[self._actors[worker].poll.remote()] = worker
 
     def send(self, worker: int, message: Any) -> None:
-        self._actors[worker].send.remote(message)
+        self._actors[worker].send.remote(self._sent[worker], message)
+        self._sent[worker] += 1
 
     def poll(self, seconds: float) -> list[tuple[int, tuple[Any, ...]]]:
         ready, _ = ray.wait(list(self._polls), num_returns=len(self._polls), timeout=seconds)
