@@ -94,13 +94,6 @@ def launch(command: str, config: Config, args: argparse.Namespace) -> int:
     return status
 
 
-def follow(parent: int) -> None:
-    """End this process when its parent has gone, however it went; runs in a thread of every rank."""
-    while os.getppid() == parent:
-        time.sleep(1.0)
-    os._exit(1)
-
-
 def _first_failure(ranks: list[subprocess.Popen[bytes]]) -> int | None:
     """Wait for all, or for the first that fails; its number."""
     while True:

@@ -40,8 +40,6 @@ _WHOLE = re.compile(
     r"rendering|render|screenshot|collage|watercolou?r|monochrome|close[- ]up|scene|indoors?|outdoors?)",
     re.IGNORECASE,
 )
-# Words of one to eight that follow themselves at least three times.
-_LOOP = re.compile(r"\b(\w+(?:\W+\w+){0,7}?)(?:\W+\1\b){3,}")
 _RELATION = re.compile(r"\b(?:left|right|top) of\b", re.IGNORECASE)
 _PLACES = (  # (axis, place as a share of the side, words)
     (0, 1 / 6, re.compile(r"\bleft\b|west\b", re.IGNORECASE)),
@@ -82,12 +80,26 @@ def mark(candidates: Sequence[Candidate]) -> list[Candidate]:
 def repeats(text: str) -> int:
     """Statements that were said before in this caption, and words that repeat the words before them."""
     said = [normalise(statement) for statement in split_statements(text)]
-    looped = sum(
-        len(match[0].split()) - len(match[1].split())
-        for statement in set(said)
-        for match in _LOOP.finditer(statement)
-    )
-    return len(said) - len(set(said)) + looped
+    return len(said) - len(set(said)) + sum(map(_looped, set(said)))
+
+
+def _looped(statement: str) -> int:
+    """Words that only repeat those before them: one to eight that follow themselves three times or more."""
+    words = re.findall(r"\w+", statement)
+    found = at = 0
+    while at < len(words):
+        for period in range(1, 9):
+            end = at + period
+            while end < len(words) and words[end] == words[end - period]:
+                end += 1
+            times = (end - at) // period - 1
+            if times >= 3:
+                found += times * period
+                at += (times + 1) * period
+                break
+        else:
+            at += 1
+    return found
 
 
 @dataclass(frozen=True)

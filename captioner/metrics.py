@@ -116,28 +116,17 @@ def count(
     row |= {"ended": int(finish_reason == "stop"), "tokens": tokens}
     if facts is None:
         return Counts(key, False, tuple(row.values()))
-    scene = scenes.Scene.from_json(facts)
-    judged = scenes.judge(caption, scene, prose=prose)
+    judged = scenes.judge(caption, facts, prose=prose)
     row |= {"unparsed": judged.unparsed, "true": judged.true, "false": judged.false}
     row |= {"hallucinating": int(judged.false > 0), "facts": judged.facts, "recalled": judged.recalled}
     groups = {
         "precision by kind": {kind: (true, true + false) for kind, (true, false) in judged.by_kind.items()},
-        "precision by size": _precision_by_size(caption, scene, prose),
+        "precision by size": judged.precision_by_size,
         "recall by kind": judged.recall_by_kind,
         "recall by size": judged.recall_by_size,
         "recall by rarity": judged.recall_by_group,
     }
     return Counts(key, True, tuple(row.values()), groups)
-
-
-def _precision_by_size(caption: str, scene: scenes.Scene, prose: bool) -> dict[str, tuple[int, int]]:
-    """(true, all) statements about a position by the size of the object there; about an empty one: none."""
-    found: dict[str, tuple[int, int]] = {}
-    for text in dict.fromkeys(scenes.parse_prose(caption) if prose else scenes.parse(caption)):
-        if text and (thing := scene.at(text.split()[0])):
-            true, total = found.get(thing.size, (0, 0))
-            found[thing.size] = (true + bool(scenes.execute(text, scene)), total + 1)
-    return found
 
 
 def _matrix(rows: Sequence[Counts]) -> Array:

@@ -14,8 +14,9 @@ import platform
 import shutil
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import cache, lru_cache
@@ -190,6 +191,20 @@ def rank() -> int:
 def is_main() -> bool:
     """Whether this process writes: rank 0, or the only one."""
     return rank() == 0
+
+
+def end_with(parent: int, end: Callable[[], None]) -> None:
+    """``end`` this process when its parent has gone, however it went.
+
+    A pipe would not tell: the parent's other children hold it open, too.
+    """
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        end()
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 # ---------------------------------------------------------------- shards

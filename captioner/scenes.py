@@ -306,9 +306,10 @@ def shorthand(scene: Scene) -> str:
 def prose(scene: Scene, index: int = 0) -> str:
     """A partial caption as the web has them: facts are left out, marks are named whether seen or not."""
     rng = np.random.default_rng([8, index])
-    phrases = []
-    for thing in scene.objects:
-        if rng.random() < 0.15 and len(scene.objects) > 1:
+    phrases: list[str] = []
+    for number, thing in enumerate(scene.objects, 1):
+        left_out = rng.random() < 0.15 and len(scene.objects) > 1
+        if left_out and (phrases or number < len(scene.objects)):
             continue
         size = f"{thing.size} " if rng.random() < 0.85 and not scene.close else ""
         color = f"{thing.color} " if rng.random() < 0.9 else ""
@@ -490,6 +491,8 @@ class Judgement:
     facts: int = 0
     recalled: int = 0
     by_kind: dict[str, tuple[int, int]] = field(default_factory=dict)  # kind -> (true, false)
+    # size of the object that a statement is about -> (true, all); about an empty position: none
+    precision_by_size: dict[str, tuple[int, int]] = field(default_factory=dict)
     recall_by_kind: dict[str, tuple[int, int]] = field(default_factory=dict)  # kind -> (recalled, facts)
     recall_by_size: dict[str, tuple[int, int]] = field(
         default_factory=dict
@@ -504,11 +507,14 @@ def judge(caption: str, facts: str | Scene, prose: bool = False) -> Judgement:
     known = [text for text in parsed if text is not None]
     distinct = list(dict.fromkeys(known))
     result = Judgement(len(parsed), len(parsed) - len(known), len(known) - len(distinct))
+    holds = {text: bool(execute(text, scene)) for text in distinct}
     true, false = Counter[str](), Counter[str]()
-    for text in distinct:
-        (true if execute(text, scene) else false)[kind_of(text)] += 1
+    for text, right in holds.items():
+        (true if right else false)[kind_of(text)] += 1
     result.true, result.false = true.total(), false.total()
     result.by_kind = {kind: (true[kind], false[kind]) for kind in KINDS if true[kind] + false[kind]}
+    about = [(scene.at(text.split()[0]), right) for text, right in holds.items()]
+    result.precision_by_size = _tally((thing.size, right) for thing, right in about if thing)
     wanted = statements(scene)
     stated = set(distinct)
     result.facts, result.recalled = len(wanted), sum(text in stated for text in wanted)

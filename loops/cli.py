@@ -16,7 +16,6 @@ import os
 import shutil
 import sys
 import textwrap
-import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -138,10 +137,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def rank() -> int:
     """One of the processes of ``--gpus N``; captioner.distributed puts the command on stdin."""
-    from captioner import distributed
     from captioner.config import Config
+    from captioner.runs import end_with
 
-    threading.Thread(target=distributed.follow, args=(os.getppid(),), daemon=True).start()
+    end_with(os.getppid(), lambda: os._exit(1))
     job = json.load(sys.stdin)
     module = importlib.import_module(COMMANDS[job["command"]].module)
     args = Args(**job["args"] | {"run_dir": Path(job["args"]["run_dir"])})

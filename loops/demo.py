@@ -53,7 +53,7 @@ def run_once(config: Config, args: argparse.Namespace) -> None:
     times: dict[str, float] = {}
     started = time.monotonic()
     with _timed(times, "sft"):
-        sft.run(config, arguments(sft, args, gpus=getattr(args, "gpus", 1)))
+        sft.run(config, arguments(sft, args))
     run = Run.open(args.run_dir, config, create=False)
     for number in ROUNDS:
         with _timed(times, f"round {number}"):

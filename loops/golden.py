@@ -387,7 +387,7 @@ def _claims(
         return [claim for own in asker.ask_again(engine, part, asked, failed) for claim in own], failed
 
     parts = _parts(images, settings.shard_rows)
-    for index, part in enumerate(parts):
+    for index, part in enumerate(parts if is_main() else ()):
         unasked = [
             Unasked(
                 sample=candidates[row.key][0].sample,
@@ -400,8 +400,7 @@ def _claims(
             if row.key in selections
             for each, why in selections[row.key].unasked
         ]
-        if is_main():
-            Shards(stage.dir / "unasked", Unasked).write(index, unasked)
+        Shards(stage.dir / "unasked", Unasked).write(index, unasked)
     _fill(output, "verifying", parts, plan.verifier, config, work)
     if not is_main():
         return

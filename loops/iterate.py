@@ -52,7 +52,7 @@ def run_round(run: Run, number: int, args: argparse.Namespace) -> None:
         )
     run.current_captioner(number)  # names the missing command before anything is done
     for step in STEPS:
-        code = step.run(run.config, arguments(step, args, round=number, gpus=getattr(args, "gpus", 1)))
+        code = step.run(run.config, arguments(step, args, round=number))
         if code:
             raise Refused(
                 f"{step.__name__} of round {number} was refused", where=str(run.path / f"round-{number}")
@@ -97,4 +97,5 @@ def arguments(
     if hasattr(step, "add_flags"):
         step.add_flags(parser)
     common = {"run_dir": args.run_dir, "redo": args.redo, "dry_run": False, "round": None, "rounds": None}
+    common["gpus"] = getattr(args, "gpus", 1)
     return argparse.Namespace(**{**common, **vars(parser.parse_args(words)), **values})

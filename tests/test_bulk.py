@@ -230,23 +230,38 @@ def deadly_sample(self: HFEngine, requests: Iterator[CaptionRequest], *args: Any
 sample = HFEngine.sample
 
 
+def poisoned_job(
+    where: str,
+    home: Path,
+    checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    images: int,
+    poison: int,
+    processes: int,
+) -> list[str]:
+    """The words of a job of which one image ends what touches it; the undisturbed one is in ``whole``."""
+    source = home / "images"
+    source.mkdir()
+    for number, data in enumerate(pictures(images)):
+        (source / f"{number}.png").write_bytes(data)
+    flags = ["--max-failed", "1", "--engine.batch_size", "2"]
+    assert cli.main(words(source, home / "whole", checkpoint, *flags)) == 0
+    monkeypatch.setattr(sys.modules[__name__], "POISON", (source / f"{poison}.png").read_bytes())
+    if where == "prepare":
+        monkeypatch.setattr("captioner.views.prepare", deadly_prepare)
+        flags += ["--caption.prepare_processes", str(processes)]
+    else:
+        monkeypatch.setattr(HFEngine, "sample", deadly_sample)
+    return words(source, home / "out", checkpoint, *flags)
+
+
 @pytest.mark.parametrize("where", ["prepare", "caption"])
 def test_poison_becomes_a_row(
     where: str, tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    images = tmp_path / "images"
-    images.mkdir()
-    for number, data in enumerate(pictures(8)):
-        (images / f"{number}.png").write_bytes(data)
-    flags = ["--max-failed", "1", "--engine.batch_size", "2"]
-    assert cli.main(words(images, tmp_path / "whole", checkpoint, *flags)) == 0
-    monkeypatch.setattr(sys.modules[__name__], "POISON", (images / "5.png").read_bytes())
-    if where == "prepare":
-        monkeypatch.setattr("captioner.views.prepare", deadly_prepare)
-        flags += ["--caption.prepare_processes", "2"]
-    else:
-        monkeypatch.setattr(HFEngine, "sample", deadly_sample)
-    assert cli.main(words(images, tmp_path / "out", checkpoint, *flags)) == 0
+    job = poisoned_job(where, tmp_path, checkpoint, monkeypatch, images=8, poison=5, processes=2)
+    assert cli.main(job) == 0
     found = {row.key: row for row in rows(tmp_path / "out")}
     bad = found.pop("5")
     assert bad.caption is None and bad.error is not None and "died" in bad.error
@@ -259,22 +274,10 @@ def test_poison_becomes_a_row(
 def test_a_stalled_worker_is_killed_and_what_stalled_it_becomes_a_row(
     where: str, tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What hangs is not known to be dead: nothing but the silence tells."""
-    images = tmp_path / "images"
-    images.mkdir()
-    for number, data in enumerate(pictures(6)):
-        (images / f"{number}.png").write_bytes(data)
-    flags = ["--max-failed", "1", "--engine.batch_size", "2"]
-    assert cli.main(words(images, tmp_path / "whole", checkpoint, *flags)) == 0
-    monkeypatch.setattr(sys.modules[__name__], "POISON", (images / "3.png").read_bytes())
+    """What hangs (it sleeps) is not known to be dead: nothing but the silence tells."""
+    job = poisoned_job(where, tmp_path, checkpoint, monkeypatch, images=6, poison=3, processes=1)
     monkeypatch.setattr(sys.modules[__name__], "end", lambda: time.sleep(600))
-    if where == "prepare":
-        monkeypatch.setattr("captioner.views.prepare", deadly_prepare)
-        flags += ["--caption.prepare_processes", "1"]
-    else:
-        monkeypatch.setattr(HFEngine, "sample", deadly_sample)
-    stall = ["--caption.stall", "3", "--caption.attempts", "1"]
-    assert cli.main(words(images, tmp_path / "out", checkpoint, *flags, *stall)) == 0
+    assert cli.main([*job, "--caption.stall", "3", "--caption.attempts", "1"]) == 0
     found = {row.key: row for row in rows(tmp_path / "out")}
     bad = found.pop("3")
     assert bad.caption is None and bad.error == "1 workers died at this image: nothing heard from it for 3 s"
@@ -328,7 +331,10 @@ def alive(pid: int) -> bool:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("end", ["killed", "died", "closed", "orphaned"])
 def test_what_a_worker_has_started_ends_with_it(end: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the processes of vLLM, which would keep the memory of the device from the next worker."""
+    """As the processes of vLLM, which would keep the memory of the device from the next worker.
+
+    Whether a process runs is read in /proc. An orphan's coordinator sleeps until it is killed.
+    """
 
     def work(settings: Settings, executor: Any, receive: Any, emit: Any) -> None:
         engine = subprocess.Popen(["sleep", "600"])
@@ -426,7 +432,8 @@ def test_a_cluster_of_two_nodes_writes_the_same_rows(tmp_path: Path, checkpoint:
     [line] = [line for line in done.stdout.splitlines() if line.startswith("{")]  # among what Ray says
     found = json.loads(line)
     tasks = ["fine", "no image", "crashed"]
-    assert found == {"code": 0, "nodes": [2, 1], "killed": 1, "tasks": tasks}, done.stderr[-3000:]
+    wanted = {"code": 0, "nodes": [2, 1], "killed": 1, "tasks": tasks, "in order": True}
+    assert found == wanted, done.stderr[-3000:]
     assert rows(out) == rows(tmp_path / "whole")
     assert 1 <= sum(worker["deaths"] for worker in status(out)["workers"].values()) <= 3
     for shard in ("00001", "00005"):
@@ -487,6 +494,7 @@ def test_the_status_file_and_prometheus_say_what_is_done(tmp_path: Path, checkpo
 def test_another_job_cannot_use_the_output(
     tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """The other one is a process that sleeps while it holds the lock."""
     out = tmp_path / "out"
     assert cli.main(words("scenes:test:2", out, checkpoint)) == 0
     before = rows(out)

@@ -81,6 +81,13 @@ sys.exit(demo.run(config, argparse.Namespace(run_dir=Path(sys.argv[2]), **flags)
 """
 
 
+KILLS = 6
+
+
+def files(run: Path) -> int:
+    return sum(path.is_file() for path in run.rglob("*"))
+
+
 def rows(run: Path) -> dict[str, object]:
     """Every row that a run holds, by file."""
     found: dict[str, object] = {
@@ -95,22 +102,25 @@ def rows(run: Path) -> dict[str, object]:
 def test_killed_at_any_moment_it_ends_with_the_same_rows(
     arguments: argparse.Namespace, tmp_path: Path
 ) -> None:
-    """kill -9 of the whole process group at random moments, again and again, then the same command."""
+    """kill -9 of the whole process group at random moments, again and again, then the same command.
+
+    A moment is a number of files that the run holds, for no clock tells how fast a machine is.
+    """
     (tmp_path / "config.json").write_text(arguments.config.model_dump_json())
     words = [sys.executable, "-c", CHILD, str(tmp_path / "config.json"), str(tmp_path / "run")]
-    rng, kills = random.Random(time.time_ns()), 0
+    rng = random.Random(time.time_ns())
+    moments = sorted(rng.sample(range(1, files(arguments.run_dir)), KILLS))
     while True:
         child = subprocess.Popen(words, stdout=subprocess.DEVNULL, start_new_session=True)
-        deadline = time.monotonic() + rng.uniform(6, 14) if kills < 6 else float("inf")
-        while child.poll() is None and time.monotonic() < deadline:
+        while child.poll() is None and not (moments and files(tmp_path / "run") >= moments[0]):
             time.sleep(0.02)
         if child.poll() is not None:
             break
+        time.sleep(rng.uniform(0, 1))
         os.killpg(child.pid, signal.SIGKILL)
         child.wait()
-        kills += 1
-    assert child.returncode == 0
-    assert kills, "the demo was faster than every kill: nothing was tested"
+        moments = [moment for moment in moments if moment > files(tmp_path / "run")]
+    assert child.returncode == 0 and not moments
     undisturbed = rows(arguments.run_dir)
     assert rows(tmp_path / "run") == undisturbed
 

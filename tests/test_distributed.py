@@ -124,6 +124,7 @@ def test_two_processes_fill_the_shards_of_a_round_with_the_rows_of_one(tmp_path:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the ranks in /proc")
 def test_ranks_end_with_the_process_that_started_them(tmp_path: Path) -> None:
+    """kill -9 of the launcher alone, once its ranks, found in /proc, have begun; then they have a minute."""
     tiny_checkpoint(tmp_path / "base")
     launcher = start(tmp_path / "run", FIELDS | {"model.path": str(tmp_path / "base")}, "--gpus", "2")
     while not (ranks := children(launcher.pid)) or not (tmp_path / "run" / "sft").exists():

@@ -160,7 +160,12 @@ def test_every_fact_of_the_scenes_is_checkable_and_stays_apart() -> None:
     scene = scenes.sample("round", 3)
     merged = Rules(scenes.kind_of).merge([scenes.shorthand(scene)])
     assert [each.text for each in merged] == scenes.statements(scene)
-    assert all(Rules().checkable(each.text) for each in merged)
+    assert all(Rules(scenes.kind_of).checkable(each.text) for each in merged)
+
+
+@pytest.mark.parametrize("statement", ["west cyan west brown", "star left of", "northwest", "circle", ""])
+def test_what_is_no_statement_of_a_known_language_cannot_be_checked(statement: str) -> None:
+    assert not Rules(scenes.kind_of).checkable(statement)
 
 
 @pytest.mark.parametrize(

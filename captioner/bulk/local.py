@@ -8,7 +8,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from captioner.bulk.worker import Executor, Settings, ahead, work
+from captioner.runs import end_with
 
 T = TypeVar("T")
 DEVICES = "CUDA_VISIBLE_DEVICES"
@@ -166,15 +166,8 @@ def _main(
 
 
 def _end_with(parent: int) -> None:
-    """End the process group when this process's parent is gone: a pipe would not tell, for its siblings hold
-    it open, too."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os.killpg(0, signal.SIGKILL)
-
-    threading.Thread(target=watch, daemon=True).start()
+    """End the process group when this process's parent is gone."""
+    end_with(parent, lambda: os.killpg(0, signal.SIGKILL))
 
 
 def _context() -> BaseContext:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -89,9 +90,17 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@contextmanager
+def running(python: str, checkpoint: Path, home: Path) -> Iterator[Server]:
+    server = Server(python, checkpoint, home / "server.log")
+    server.start()
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
 @pytest.fixture(scope="session")
 def server(vllm_python: str, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    started = Server(vllm_python, checkpoint, tmp_path_factory.mktemp("log") / "server.log")
-    started.start()
-    yield started
-    started.stop()
+    with running(vllm_python, checkpoint, tmp_path_factory.mktemp("log")) as started:
+        yield started

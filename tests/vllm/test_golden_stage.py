@@ -18,7 +18,7 @@ from captioner.runs import Run
 from loops import golden as loop
 from tests.test_golden import config_of, failures_of, flags, give_verifier, rows_of
 from tests.tiny import VIEW_SIZE, architecture, tokenizer
-from tests.vllm.conftest import Server
+from tests.vllm.conftest import Server, running
 
 pytestmark = [pytest.mark.vllm, pytest.mark.xdist_group("vllm")]
 IMAGES = 16
@@ -55,10 +55,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(vllm_python: str, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    started = Server(vllm_python, checkpoint, tmp_path_factory.mktemp("log") / "server.log")
-    started.start()
-    yield started
-    started.stop()
+    with running(vllm_python, checkpoint, tmp_path_factory.mktemp("log")) as started:
+        yield started
 
 
 def a_run(home: Path, checkpoint: Path, server: Server) -> Config:

@@ -28,7 +28,7 @@ from captioner.tool import LLM, ToolFailed
 from loops.cli import main
 from tests.test_fuse import adapted
 from tests.test_render import messages
-from tests.vllm.conftest import Server
+from tests.vllm.conftest import Server, running
 
 pytestmark = [pytest.mark.vllm, pytest.mark.xdist_group("vllm")]  # one server for all
 SIZES = [(128, 128), (200, 90), (64, 150), (300, 20)]
@@ -234,15 +234,11 @@ def test_a_killed_server_costs_nothing_but_time(
 def test_every_family_is_served(family: str, vllm_python: str, tmp_path: Path) -> None:
     """Adapters in both towers and a soft prompt; vLLM brings transformers 5, whose configs are strict."""
     fuse.export(adapted(family, torch.float32), tmp_path / "tiny", multiple=16)
-    server = Server(vllm_python, tmp_path / "tiny", tmp_path / "log")
-    server.start()
-    try:
+    with running(vllm_python, tmp_path / "tiny", tmp_path) as server:
         hf, ours = both(tmp_path / "tiny", server)
         expected = [candidate.text for [candidate] in hf.sample(requests(), 1, GREEDY)]  # type: ignore[attr-defined]
         assert [candidate.text for [candidate] in ours.sample(requests(), 1, GREEDY)] == expected
         ours.close()
-    finally:
-        server.stop()
 
 
 PLAIN = """
@@ -299,22 +295,16 @@ def test_an_exported_captioner_in_vllm_and_in_plain_transformers(vllm_python: st
     assert plain.returncode == 0, plain.stderr
     assert json.loads(plain.stdout.partition("RESULT")[2]) == expected
 
-    server = Server(vllm_python, out, tmp_path / "log")
-    server.start()
-    try:
+    with running(vllm_python, out, tmp_path) as server:
         ours = make_engine(out, settings("server", server.url))
         assert [candidate.text for [candidate] in ours.sample(asked, 1, greedy)] == expected
         ours.close()
-    finally:
-        server.stop()
 
 
 def test_the_shipped_base(vllm_python: str, tmp_path: Path) -> None:
     """Float32 on both sides: captions and answers of the real weights, whatever they are worth."""
     base = model.checkpoint_path("scenes-base")
-    server = Server(vllm_python, base, tmp_path / "log")
-    server.start()
-    try:
+    with running(vllm_python, base, tmp_path) as server:
         scenes.write("test", 6, tmp_path / "images")
         pictures = [
             Image.open(path).convert("RGB") for path in sorted((tmp_path / "images").glob("images/*.png"))
@@ -335,5 +325,3 @@ def test_the_shipped_base(vllm_python: str, tmp_path: Path) -> None:
         for theirs_, mine_ in zip(hf.p_yes(batches), ours.p_yes(batches), strict=True):
             assert [a.p_yes for a in mine_] == pytest.approx([a.p_yes for a in theirs_], abs=1e-4)
         ours.close()
-    finally:
-        assert server.stop() == 0
