@@ -209,8 +209,8 @@ class Rules:
     def checkable(self, statement: str) -> bool:
         """Whether looking can confirm it: opinions and origins cannot be seen, quoted words can.
 
-        Where the language of the captions is known, what is no statement of it cannot: a verifier that was
-        never asked the like says yes as often as not.
+        Where the language of the captions is known, what is no statement of it cannot: a verifier says yes
+        to nonsense of a form that it was not taught.
         """
         if self._kind_of is not None and not self._kind_of(statement):
             return False
