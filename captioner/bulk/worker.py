@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import queue
+import sys
 import threading
 import time
 import traceback
@@ -95,6 +96,8 @@ def work(
     settings: Settings, executor: Executor, receive: Callable[[], Any], emit: Callable[[Any], None]
 ) -> None:
     """Caption the tasks that come in until None does. Never raises: what goes wrong is an event."""
+    # The threads that feed the engine must not hold it up for the 5 ms that Python gives each by default.
+    sys.setswitchinterval(0.0005)
     try:
         engine = make_engine(settings.checkpoint, settings.config)
         emit(("ready",))
