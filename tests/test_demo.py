@@ -11,44 +11,52 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 
 from captioner import config as configs
-from captioner import metrics
+from captioner import metrics, scenes
 from captioner.config import Config
 from captioner.errors import Refused
 from loops import demo, iterate
 from tests import tiny
 
 TRAINING = {"steps": 2, "batch_size": 4, "save_steps": 2, "log_steps": 1}
-SMALL = {
-    "max_failed": 1.0,
-    "sft": {"data": ["scenes:sft:8"], "validation": "scenes:validation:4", "training": TRAINING},
-    "qa": {"data": "scenes:qa:8", "questions_per_image": 4, "language_width": 8, "training": TRAINING},
-    "golden": {
-        "images": "scenes:round:6",
-        "samples": 3,
-        "sampling": {"max_tokens": 24},
-        "max_questions": 8,
-        # a random verifier would be refused, and knows nothing
-        **{"min_accuracy": 0.0, "min_kind_accuracy": 0.0, "abstain": "keep"},
-    },
-    # hardly a sample of a random model ends by itself
-    "pairs": {"min_refuted": 0, "max_dropped": 1.0, "max_length_ratio": 100.0},
-    "dpo": {"golden_sft_steps": 2, "training": TRAINING, "alarms": {"images": 2, "max_tokens": 8}},
-    "evaluate": {"data": "scenes:test:4", "max_tokens": 24, "bootstrap": 100},
-    "gate": {"data": "scenes:validation:4", "max_recall_loss": 1.0, "min_ended": 0.0},
-}
+
+
+def small(home: Path) -> dict[str, Any]:
+    """Settings of every stage for a random model. It says nothing in the scenes' language, so its round has
+    images of which nothing is known."""
+    scenes.write("round", 6, home / "images")
+    (home / "images" / "metadata.parquet").unlink()
+    tiny.tiny_checkpoint(home / "tiny")
+    return {
+        "model": {"path": str(home / "tiny"), "device": "cpu"},
+        "max_failed": 1.0,
+        "sft": {"data": ["scenes:sft:8"], "validation": "scenes:validation:4", "training": TRAINING},
+        "qa": {"data": "scenes:qa:8", "questions_per_image": 4, "language_width": 8, "training": TRAINING},
+        "golden": {
+            "images": str(home / "images"),
+            "samples": 3,
+            "sampling": {"max_tokens": 24},
+            "max_questions": 8,
+            # a random verifier would be refused, and knows nothing
+            **{"min_accuracy": 0.0, "min_kind_accuracy": 0.0, "abstain": "keep"},
+        },
+        # hardly a sample of a random model ends by itself
+        "pairs": {"min_refuted": 0, "max_dropped": 1.0, "max_length_ratio": 100.0},
+        "dpo": {"golden_sft_steps": 2, "training": TRAINING, "alarms": {"images": 2, "max_tokens": 8}},
+        "evaluate": {"data": "scenes:test:4", "max_tokens": 24, "bootstrap": 100},
+        "gate": {"data": "scenes:validation:4", "max_recall_loss": 1.0, "min_ended": 0.0},
+    }
 
 
 @pytest.fixture(scope="module")
 def arguments(tmp_path_factory: pytest.TempPathFactory) -> argparse.Namespace:
     home = tmp_path_factory.mktemp("demo")
-    tiny.tiny_checkpoint(home / "tiny")
-    model = {"path": str(home / "tiny"), "device": "cpu"}
-    config = Config.model_validate({**SMALL, "model": model})
+    config = Config.model_validate(small(home))
     made = argparse.Namespace(
         run_dir=home / "run", redo=False, dry_run=False, round=1, rounds=None, seeds=1, config=config
     )
