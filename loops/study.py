@@ -25,6 +25,7 @@ HOME = Path(__file__).with_name("studies")
 STUDIES = tuple(sorted(file.stem for file in HOME.glob("[a-z]*.py")))
 # 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145)
+UNKNOWN = "–"
 
 Results = dict[str, dict[str, float]]  # arm -> metric -> value
 
@@ -122,7 +123,8 @@ def _rows(columns: Mapping[str, str], results: Sequence[Results]) -> list[str]:
     lines = ["", "| | " + " | ".join(columns.values()) + " |", "|---" * (len(columns) + 1) + "|"]
     for arm in arms:
         cells = [interval([one[arm][key] for one in results if key in one.get(arm, {})]) for key in columns]
-        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
+        if set(cells) != {UNKNOWN}:
+            lines.append(f"| {arm} | " + " | ".join(cells) + " |")
     return lines
 
 
@@ -130,7 +132,7 @@ def interval(values: Sequence[float]) -> str:
     """Mean and 95 % interval (Student's t) as text."""
     known = [value for value in values if math.isfinite(value)]
     if not known:
-        return "–"
+        return UNKNOWN
     mean = fmean(known)
     if len(known) == 1:
         return _number(mean)

@@ -56,7 +56,9 @@ IMAGE = image(
         ("majority vote", 1, 2 / 4, 2),
         ("golden", 3 / 4, 3 / 4, 4),  # star is undecided, and most say it
         ("golden by P(yes) alone", 3 / 4, 3 / 4, 4),
-        ("golden, abstained left out", 2 / 3, 2 / 4, 3),
+        ("golden, keep 0.1", 4 / 6, 1, 6),  # never the dot, whose kind is not trusted
+        ("golden, keep 0.25", 4 / 5, 1, 5),
+        ("golden, keep 0.75", 1, 1 / 4, 1),
         ("golden, abstained kept", 3 / 5, 3 / 4, 5),
     ],
 )

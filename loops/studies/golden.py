@@ -2,8 +2,8 @@
 
 One captioner, one verifier, the same samples: each arm is another way to make one caption of them.
 `recovered` is the share of what the mean sample misses that an arm says, `less false` by how much its share
-of false statements is smaller. `golden by P(yes) alone` counts no votes. The rows by kind say what the filter
-loses of the union of the samples.
+of false statements is smaller. `golden` keeps claims from p_true 0.5 on; `golden by P(yes) alone` counts no
+votes. The rows by kind say what the filter loses of the union of the samples.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ COLUMNS = {
     "calibration_error": "calibration error",
 }
 PAIRED = "mean sample"
+KEEPS = (0.1, 0.25, 0.75)  # thresholds beside that of the settings
 
 Image = tuple[scenes.Scene, list[Candidate], list[Claim]]
 Arm = Callable[[list[Candidate], list[Claim]], list[str]]  # captions of an image
@@ -85,6 +86,14 @@ def _arms(config: GoldenConfig) -> list[tuple[str, Arm]]:
     def caption(stay: Callable[[Claim, int], bool]) -> Arm:
         return lambda samples, claims: [", ".join(c.text for c in claims if stay(c, len(samples)))]
 
+    def at(keep: float) -> Arm:
+        def arm(_: list[Candidate], claims: list[Claim]) -> list[str]:
+            distrusted = {claim.kind: "" for claim in claims if claim.p_true is None}
+            judged = golden.judge(claims, golden.Thresholds(keep, min(keep, config.drop), distrusted))
+            return [", ".join(claim.text for claim in judged if claim.verdict == "keep")]
+
+        return arm
+
     def best(samples: list[Candidate], claims: list[Claim]) -> list[str]:
         def mean(one: Candidate) -> float:
             own = [golden.confidence(claim) for claim in claims if one.k in claim.candidates]
@@ -102,7 +111,7 @@ def _arms(config: GoldenConfig) -> list[tuple[str, Arm]]:
             "golden by P(yes) alone",
             caption(lambda claim, _: claim.p_true is not None and golden.confirmed(claim) >= config.keep),
         ),
-        ("golden, abstained left out", caption(lambda claim, _: claim.verdict == "keep")),
+        *((f"golden, keep {keep}", at(keep)) for keep in KEEPS),
         ("golden, abstained kept", caption(lambda claim, _: claim.verdict != "drop")),
     ]
 
