@@ -320,6 +320,28 @@ def test_every_worker_has_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch) -
     assert seen(None, workers=2) == ["0", "1"]
 
 
+def test_the_last_words_of_a_worker_are_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if it speaks and ends while others are waited for."""
+
+    def work(settings: Settings, executor: Any, receive: Any, emit: Any) -> None:
+        emit(("refused", "what", "where", "mend"))
+
+    def others(connections: Any, seconds: float) -> list[Any]:
+        for process, _ in pool._running.values():
+            process.join()
+        return []
+
+    monkeypatch.setattr(local, "work", work)
+    monkeypatch.setattr(local, "wait", others)
+    pool = LocalPool(Settings(Config(), Path(), "m", "c"), 0)
+    try:
+        pool.start(0)
+        events = pool.poll(1.0)
+    finally:
+        pool.close()
+    assert events == [(0, ("refused", "what", "where", "mend")), (0, ("died", "exit code 0"))]
+
+
 def alive(pid: int) -> bool:
     """Whether a process runs; one that has ended and is not yet collected does not."""
     try:

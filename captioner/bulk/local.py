@@ -111,7 +111,8 @@ class LocalPool:
         for worker, (process, connection) in list(self._running.items()):
             alive = process.is_alive()  # before the pipe is emptied: what it said last comes first
             try:
-                while connection in ready and connection.poll():  # also after its end: then recv tells
+                # a dead one may have spoken after the wait; poll is true at the end, too: then recv tells
+                while (connection in ready or not alive) and connection.poll():
                     found.append((worker, connection.recv()))
             except (EOFError, OSError):
                 alive = False
