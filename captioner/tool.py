@@ -109,6 +109,11 @@ class Tool(Protocol):
     def slot(self, statement: str) -> str: ...
 
 
+def visible(statement: str) -> bool:
+    """Whether its words allow that it can be seen: opinions and origins cannot, quoted words can."""
+    return not _UNCHECKABLE.search(re.sub(_QUOTED, " ", statement))
+
+
 def split_statements(caption: str) -> list[str]:
     """Statements of a caption in order, without the punctuation around them.
 
@@ -207,14 +212,12 @@ class Rules:
         ]
 
     def checkable(self, statement: str) -> bool:
-        """Whether looking can confirm it: opinions and origins cannot be seen, quoted words can.
+        """Whether looking can confirm it.
 
         Where the language of the captions is known, what is no statement of it cannot: a verifier says yes
         to nonsense of a form that it was not taught.
         """
-        if self._kind_of is not None and not self._kind_of(statement):
-            return False
-        return not _UNCHECKABLE.search(re.sub(_QUOTED, " ", statement))
+        return visible(statement) and (self._kind_of is None or self._kind_of(statement) != "")
 
     def decompose(self, statement: str) -> Question:
         """One yes/no question; a negated statement ("no people") keeps its form, so "yes" confirms it."""
@@ -326,7 +329,7 @@ class LLM(Rules):
 
     def checkable(self, statement: str) -> bool:
         """Whether looking can confirm it, in the model's judgement and by the word lists."""
-        return super().checkable(statement) and self._asked(statement).checkable
+        return visible(statement) and self._asked(statement).checkable
 
     def reformulate(self, captions: Iterable[str]) -> Iterator[str | NoAnswer]:
         """Shorthand for each caption, in order."""

@@ -74,6 +74,17 @@ def test_merge_and_decompose(tmp_path: Path) -> None:
         tool.close()
 
 
+def test_its_own_wording_can_be_checked_where_the_language_of_the_captions_is_known(tmp_path: Path) -> None:
+    with StandIn(honest) as server:
+        known = llm(server, tmp_path)
+        tool = make_tool(known.config, tmp_path, kind_of=lambda text: "")
+        tool.merge(CAPTIONS)
+        assert tool.checkable("two spoons") and not tool.checkable("dark mood")
+        assert not Rules(lambda text: "").checkable("two spoons")
+        tool.close()
+        known.close()
+
+
 def test_prepared_images_are_asked_about_together_and_only_once(tmp_path: Path) -> None:
     images = [[f"red cup {i}, blue bowl", f"blue bowl, cup {i}"] for i in range(6)]
     with StandIn(honest) as server:
