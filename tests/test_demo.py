@@ -112,7 +112,8 @@ def test_killed_at_any_moment_it_ends_with_the_same_rows(
 ) -> None:
     """kill -9 of the whole process group at random moments, again and again, then the same command.
 
-    A moment is a number of files that the run holds, for no clock tells how fast a machine is.
+    A moment is a number of files that the run holds, for no clock tells how fast a machine is, and up to a
+    second of sleep after it, so that it also falls in the middle of the work on the next file.
     """
     (tmp_path / "config.json").write_text(arguments.config.model_dump_json())
     words = [sys.executable, "-c", CHILD, str(tmp_path / "config.json"), str(tmp_path / "run")]

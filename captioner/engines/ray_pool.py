@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import queue
 import threading
-from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, TypeVar
@@ -112,7 +111,7 @@ class RayPool:
         )
         self._arguments = work, settings, executor
         self._actors: dict[int, Any] = {}
-        self._sent: Counter[int] = Counter()  # worker -> messages, since it was started
+        self._sent: dict[int, int] = {}  # worker -> messages, since it was started
         self._polls: dict[Any, int] = {}  # the answer that is waited for -> worker
 
     def start(self, worker: int) -> None:

@@ -61,8 +61,10 @@ def measure(config: Config, work: Path) -> Iterator[tuple[str, dict[str, float]]
     run = Run.open(base, config, create=False)
     start = scores(run, START, run.captioner_dir(0))
     yield START, _shown(start)
-    budgets = {"budget": config.golden.max_tokens, "no budget": UNBOUND}
-    for name, budget in list(budgets.items())[: 1 + (config.seed < UNBOUND_SEEDS)]:
+    budgets = {"budget": config.golden.max_tokens}
+    if config.seed < UNBOUND_SEEDS:
+        budgets["no budget"] = UNBOUND
+    for name, budget in budgets.items():
         settings = config.model_copy(
             update={"golden": config.golden.model_copy(update={"max_tokens": budget})}
         )
