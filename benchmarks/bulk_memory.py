@@ -23,16 +23,16 @@ from typing import Any
 
 from PIL import Image
 
-from captioner.bulk import worker as workers
-from captioner.bulk.coordinator import Coordinator
-from captioner.bulk.local import Inline
-from captioner.bulk.output import Output
-from captioner.bulk.watch import Watch
-from captioner.bulk.worker import Settings, Worker
 from captioner.config import Config, ViewsConfig
-from captioner.formats.source import Item, ShardRef
+from captioner.pipeline import worker as workers
+from captioner.pipeline.coordinator import Coordinator
+from captioner.pipeline.local import Inline
+from captioner.pipeline.output import Output
+from captioner.pipeline.watch import Watch
+from captioner.pipeline.worker import Settings, Worker
 from captioner.records import Candidate
 from captioner.runs import Progress
+from captioner.sources.source import Item, ShardRef
 from captioner.views import ViewSpec
 
 SHARD_ROWS = 1000

@@ -26,15 +26,15 @@ from typing import Any
 import psutil
 
 from captioner import scenes
-from captioner.bulk.coordinator import Coordinator
-from captioner.bulk.local import Inline, LocalPool
-from captioner.bulk.output import Output
-from captioner.bulk.watch import Watch
-from captioner.bulk.worker import Settings, Worker
 from captioner.config import load
 from captioner.engines import make_engine
-from captioner.formats.source import open_source, read_shard
+from captioner.pipeline.coordinator import Coordinator
+from captioner.pipeline.local import Inline, LocalPool
+from captioner.pipeline.output import Output
+from captioner.pipeline.watch import Watch
+from captioner.pipeline.worker import Settings, Worker
 from captioner.runs import Progress, checkpoint_path
+from captioner.sources.source import open_source, read_shard
 from captioner.views import prepare
 
 SHARDS = 8

@@ -23,9 +23,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from captioner.bulk import output
-from captioner.bulk.output import Tally
 from captioner.config import Config
+from captioner.pipeline import output
+from captioner.pipeline.output import Tally
 from captioner.runs import atomic_write_json, checkpoint_path
 from loops import caption
 

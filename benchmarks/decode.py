@@ -18,9 +18,10 @@ from statistics import median
 
 import torch
 
-from captioner import adapters, fuse, model, render, scenes
+from captioner import scenes
 from captioner.config import AdapterTuning, ModelConfig, ViewsConfig
-from captioner.model import Captioner
+from captioner.models import adapters, fuse, model, render
+from captioner.models.model import Captioner
 
 VIEW = 64  # px
 

@@ -92,8 +92,9 @@ def hear(process: subprocess.Popen[str]) -> dict[str, Any]:
 def measure(kind: str, rejected: str, images: str, steps: int, hidden: int) -> dict[str, Any]:
     import torch
 
-    from captioner import model, render, scenes
+    from captioner import scenes
     from captioner.config import TrainingConfig, ViewsConfig
+    from captioner.models import model, render
 
     with tempfile.TemporaryDirectory() as text:
         folder = Path(text)
@@ -141,8 +142,8 @@ def memory(peak: bool = False) -> float:
 
 
 def shared(captioner: Any, renderer: Any, pairs: Any, paths: Any, training: Any, out: Path) -> None:
-    from captioner import preference, train
     from captioner.config import DPOConfig
+    from captioner.fit import preference, train
 
     dpo = DPOConfig(beta=BETA, ce_weight=CE_WEIGHT)
     collator = preference.PairCollator(renderer, pairs, paths, training, dpo, {})
@@ -165,8 +166,9 @@ def stock(captioner: Any, renderer: Any, pairs: Any, paths: Any, training: Any, 
     from transformers import AutoModelForImageTextToText
     from trl import DPOTrainer
 
-    from captioner import preference, prompts, views
+    from captioner import prompts, views
     from captioner.config import DPOConfig
+    from captioner.fit import preference
 
     rows = []
     for pair in pairs:
@@ -228,8 +230,8 @@ def image(path: Path) -> Any:
 
 def made_pairs(renderer: Any, folder: Path, rejected: int) -> tuple[list[Any], dict[str, Path]]:
     """Captions a quarter of the prompt long."""
-    from captioner.formats.folder import read_folder
     from captioner.records import Pair
+    from captioner.sources.folder import read_folder
 
     rows = read_folder(folder)
     paths = {row.key: row.path for row in rows}
@@ -254,7 +256,8 @@ def made_pairs(renderer: Any, folder: Path, rejected: int) -> tuple[list[Any], d
 
 
 def tokenizer() -> Any:
-    from captioner import model, scenes
+    from captioner import scenes
+    from captioner.models import model
 
     captions = [scenes.shorthand(scenes.sample("train", i)) for i in range(200)]
     return model.build_tokenizer(

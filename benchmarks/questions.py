@@ -18,12 +18,14 @@ from typing import Any
 
 import torch
 
-from captioner import golden, model, scenes
+from captioner import scenes
 from captioner.config import EngineConfig, ModelConfig, SamplingConfig, ViewsOverride
 from captioner.engines import CaptionRequest, QuestionBatch
 from captioner.engines.hf import HFEngine
-from captioner.qa import question_text
-from captioner.tool import Rules
+from captioner.method import golden
+from captioner.method.qa import question_text
+from captioner.method.tool import Rules
+from captioner.models import model
 
 
 def main() -> None:

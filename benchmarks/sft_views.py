@@ -18,9 +18,11 @@ from statistics import median
 import torch
 
 from benchmarks.decode import build
-from captioner import model, render, scenes, train
+from captioner import scenes
 from captioner.config import AdapterTuning, ModelConfig, SoftPromptConfig, ViewsConfig
-from captioner.model import Captioner
+from captioner.fit import train
+from captioner.models import model, render
+from captioner.models.model import Captioner
 
 
 def main() -> None:

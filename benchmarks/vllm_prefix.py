@@ -12,9 +12,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from captioner import model, scenes
+from captioner import scenes
 from captioner.config import Config
 from captioner.engines import QuestionBatch, make_engine, vllm
+from captioner.models import model
 
 
 def measure(checkpoint: Path, batches: list[QuestionBatch], cached: bool) -> tuple[float, list[float]]:

@@ -18,18 +18,18 @@ from pathlib import Path
 from typing import Any
 
 from captioner import prompts
-from captioner.bulk import output
-from captioner.bulk.coordinator import Coordinator, Pool
-from captioner.bulk.local import LocalPool, devices
-from captioner.bulk.output import Output
-from captioner.bulk.watch import Watch
-from captioner.bulk.worker import Settings
 from captioner.config import Config
 from captioner.errors import CheckpointError, ConfigError, Refused
-from captioner.formats import SCENES, resolve
-from captioner.formats.folder import read_captions, write_jsonl, write_sidecars
-from captioner.formats.source import ShardRef, open_source
+from captioner.pipeline import output
+from captioner.pipeline.coordinator import Coordinator, Pool
+from captioner.pipeline.local import LocalPool, devices
+from captioner.pipeline.output import Output
+from captioner.pipeline.watch import Watch
+from captioner.pipeline.worker import Settings
 from captioner.runs import Run, checkpoint_path, hash_path, lock, progress
+from captioner.sources import SCENES, resolve
+from captioner.sources.folder import read_captions, write_jsonl, write_sidecars
+from captioner.sources.source import ShardRef, open_source
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -225,7 +225,7 @@ def _pool(settings: Settings, args: argparse.Namespace, missing: int) -> tuple[P
     if args.runner == "local":
         workers = min(_workers(settings.config, args), missing)
         return LocalPool(settings, _processes(settings.config, workers)), workers
-    from captioner.bulk import cluster
+    from captioner.pipeline import cluster
 
     return cluster.pool(settings, args.workers, missing)
 
@@ -281,8 +281,8 @@ def _judge(found: Output, config: Config, lost: list[tuple[str, str]]) -> None:
 
 def _estimate(config: Config, args: argparse.Namespace) -> int:
     """Print what a sample of the input says about the whole; writes nothing (but scenes, where asked for)."""
-    from captioner.bulk.estimate import estimate
     from captioner.engines import make_engine
+    from captioner.pipeline.estimate import estimate
 
     if args.estimate < 1:
         raise ConfigError(f"--estimate {args.estimate}: a number of images from 1")

@@ -136,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def rank() -> int:
-    """One of the processes of ``--gpus N``; captioner.distributed puts the command on stdin."""
+    """One of the processes of ``--gpus N``; captioner.fit.distributed puts the command on stdin."""
     from captioner.config import Config
     from captioner.runs import end_with
 
@@ -151,7 +151,7 @@ def _guarded(run: Callable[[], int]) -> int:
     try:
         code = run()
         if _processes() > 1:
-            from captioner import distributed
+            from captioner.fit import distributed
 
             distributed.leave()
         sys.stdout.flush()

@@ -17,17 +17,17 @@ import numpy as np
 
 from captioner.config import Config
 from captioner.errors import ConfigError, DataError, Refused
-from captioner.formats import SCENES, resolve
-from captioner.formats.folder import (
+from captioner.records import CaptionRow, read_parquet
+from captioner.runs import Shards, atomic_dir, progress
+from captioner.sources import SCENES, resolve
+from captioner.sources.folder import (
     caption_shards,
     read_captions,
     read_folder,
     write_jsonl,
     write_sidecar,
 )
-from captioner.formats.source import Item, open_source, read_shard
-from captioner.records import CaptionRow, read_parquet
-from captioner.runs import Shards, atomic_dir, progress
+from captioner.sources.source import Item, open_source, read_shard
 from captioner.views import BadImage, load_image
 
 TEXTS = ("jsonl", "txt", "caption")  # of captions alone
@@ -95,8 +95,8 @@ def run(config: Config, args: argparse.Namespace) -> int:
 
 def _reformulate(config: Config, args: argparse.Namespace) -> int:
     """An image folder with prose captions -> one with shorthand, for SFT."""
-    from captioner.formats.reformulate import reformulate
-    from captioner.tool import make_tool
+    from captioner.method.reformulate import reformulate
+    from captioner.method.tool import make_tool
 
     tool = make_tool(config.tool, args.run_dir / "tool")
     try:
@@ -118,7 +118,7 @@ def _reformulate(config: Config, args: argparse.Namespace) -> int:
 
 def _convert(args: argparse.Namespace, skipped: Counter[str]) -> int:
     """Write ``args.out``, published by rename; returns how many captions it holds."""
-    from captioner.formats.writers import join, layouts, repaired
+    from captioner.layouts.writers import join, layouts, repaired
 
     lengths = _lengths(args.tokenizer, args.max_tokens)
     rows = read_captions(Path(args.folder))
@@ -150,7 +150,7 @@ def _lengths(tokenizers: list[Path], budgets: list[int]) -> dict[str, partial[st
         raise ConfigError(what, where="--max-tokens", mend=mend)
     if not tokenizers:
         return {}
-    from captioner.formats.budget import counter, fit
+    from captioner.layouts.budget import counter, fit
 
     lengths = {}
     for i, tokenizer in enumerate(tokenizers):

@@ -21,12 +21,12 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from captioner import metrics
 from captioner.config import Config
 from captioner.errors import Refused
-from captioner.formats import resolve
-from captioner.metrics import Counts
+from captioner.judges import metrics
+from captioner.judges.metrics import Counts
 from captioner.runs import Run, atomic_write_json, console
+from captioner.sources import resolve
 from loops import caption, evaluate, iterate, report, sft
 from loops.iterate import arguments
 

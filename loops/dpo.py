@@ -14,15 +14,15 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from captioner import distributed
-from captioner import pairs as pairing
 from captioner.config import Config, TrainingConfig
 from captioner.errors import RunError
-from captioner.formats import resolve
-from captioner.formats.folder import read_folder
+from captioner.fit import distributed
+from captioner.method import pairs as pairing
 from captioner.records import Claim, Golden, Pair
 from captioner.runs import Run, Shards, hash_path, is_main, remove_dir
-from captioner.tool import normalise
+from captioner.sources import resolve
+from captioner.sources.folder import read_folder
+from captioner.statements import normalise
 
 
 def run(config: Config, args: argparse.Namespace) -> int:
@@ -87,7 +87,7 @@ def run(config: Config, args: argparse.Namespace) -> int:
 
 
 def linted(run: Run, rows: Sequence[Pair], checkpoint: Path) -> tuple[list[Pair], dict[str, float]]:
-    """The pairs that the linter lets through and what it counted; see :func:`captioner.pairs.lint`."""
+    """The pairs that the linter lets through and what it counted; see :func:`captioner.method.pairs.lint`."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
@@ -128,7 +128,8 @@ def golden_sft(
     Publishes the round's reference. A golden caption is not the captioner's own; before it has learned it,
     DPO would push it where it never goes (Yang et al. 2025, OPA-DPO, arXiv 2501.09695).
     """
-    from captioner import fuse, model, render, train
+    from captioner.fit import train
+    from captioner.models import fuse, model, render
 
     dpo = config.dpo
     training = _seeded(config, steps=dpo.golden_sft_steps, learning_rate=dpo.golden_sft_learning_rate)
@@ -165,7 +166,8 @@ def prefer(
     ``origin`` is the captioner that the rounds began with, for the alarm of drift; it is measured and gone
     before the reference is loaded.
     """
-    from captioner import adapters, alarms, fuse, model, preference, render, train
+    from captioner.fit import alarms, preference, train
+    from captioner.models import adapters, fuse, model, render
 
     dpo = config.dpo
     training = _seeded(config)

@@ -21,16 +21,18 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from captioner import metrics, prompts, qa
+from captioner import prompts
 from captioner.config import Config, SamplingConfig
 from captioner.engines import CaptionRequest, make_engine
 from captioner.errors import CheckpointError, ConfigError, DataError, Refused, RunError
-from captioner.formats import questions, resolve
-from captioner.formats.folder import ImageRow, read_folder
-from captioner.metrics import Counts, Interval
+from captioner.judges import metrics
+from captioner.judges.metrics import Counts, Interval
+from captioner.method import qa
 from captioner.records import CaptionRow
-from captioner.report import cell
+from captioner.report.report import cell
 from captioner.runs import Run, Shards, atomic_write_json, checkpoint_path, console, hash_path, progress
+from captioner.sources import questions, resolve
+from captioner.sources.folder import ImageRow, read_folder
 from captioner.views import BadImage, load_image
 
 COLUMNS = {

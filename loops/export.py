@@ -18,8 +18,8 @@ from captioner.errors import RunError
 from captioner.runs import Run, checkpoint_path, hash_path
 
 if TYPE_CHECKING:
-    from captioner.model import Captioner
-    from captioner.render import Prompt
+    from captioner.models.model import Captioner
+    from captioner.models.render import Prompt
 
 VERIFIED = 4  # prompts that --verify compares
 
@@ -50,7 +50,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(config: Config, args: argparse.Namespace) -> int:
     """Export into ``args.out``; raises RunError where something else is there."""
-    from captioner import adapters, fuse, model, soft_prompt
+    from captioner.models import adapters, fuse, model, soft_prompt
 
     _check_free(args.out, args.redo)
     if args.adapter:
@@ -113,7 +113,8 @@ def _history(made: Path) -> dict[str, Any]:
 
 def _prompts(captioner: Captioner, seed: int) -> list[Prompt]:
     """Scenes with all their views, the caption prompt and their caption."""
-    from captioner import render, scenes
+    from captioner import scenes
+    from captioner.models import render
 
     renderer = render.Renderer(captioner, captioner.views)
     found = []

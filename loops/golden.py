@@ -21,13 +21,14 @@ from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from captioner import distributed, golden, pairs, planted, prompts, qa, scenes
+from captioner import prompts, scenes
 from captioner.config import Config
 from captioner.engines import make_engine
 from captioner.errors import ConfigError, Refused, RunError
-from captioner.formats import SCENES, parse_scenes, questions, resolve
-from captioner.formats.folder import ImageRow, read_folder
-from captioner.golden import Thresholds
+from captioner.fit import distributed
+from captioner.method import golden, pairs, planted, qa
+from captioner.method.golden import Thresholds
+from captioner.method.tool import Rules, Statement, Tool, ToolFailed, make_tool
 from captioner.records import Candidate, Claim, Failed, Golden, Pair, Planted, RecordT, Unasked
 from captioner.runs import (
     Run,
@@ -40,7 +41,8 @@ from captioner.runs import (
     remove_dir,
     row_seed,
 )
-from captioner.tool import Rules, Statement, Tool, ToolFailed, make_tool
+from captioner.sources import SCENES, parse_scenes, questions, resolve
+from captioner.sources.folder import ImageRow, read_folder
 from captioner.views import BadImage, View, load_image
 
 if TYPE_CHECKING:

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
-from captioner import metrics
 from captioner.config import Config
 from captioner.errors import Refused, RunError
-from captioner.metrics import Decision
+from captioner.judges import metrics
+from captioner.judges.metrics import Decision
 from captioner.runs import Run, atomic_write_json
 from loops import dpo, evaluate, golden, qa
 

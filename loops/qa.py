@@ -15,17 +15,18 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from captioner import distributed, golden, qa
 from captioner.config import AdapterTuning, Config, QAConfig
 from captioner.errors import DataError
-from captioner.formats import questions, resolve
-from captioner.formats.folder import ImageRow, read_folder
+from captioner.fit import distributed
+from captioner.method import golden, qa
 from captioner.runs import Run, atomic_write_json, is_main
+from captioner.sources import questions, resolve
+from captioner.sources.folder import ImageRow, read_folder
 from captioner.views import View, load_image
 
 if TYPE_CHECKING:
     from captioner.engines import Engine
-    from captioner.train import Target, TrainingImages
+    from captioner.fit.train import Target, TrainingImages
 
 ENOUGH = 20  # questions that asking again must decide before it is believed
 
@@ -81,7 +82,8 @@ def run(config: Config, args: argparse.Namespace) -> int:
 
 def train_verifier(config: Config, start: Path, rows: Sequence[ImageRow], out: Path) -> dict[str, float]:
     """Train the adapter; publish ``out/adapter`` and ``out/captioner``. The encoder stays as it is."""
-    from captioner import adapters, fuse, model, render, train
+    from captioner.fit import train
+    from captioner.models import adapters, fuse, model, render
 
     captioner = model.load(config.model.model_copy(update={"path": str(start)}))
     seed = config.seed + config.qa.training.seed
@@ -122,7 +124,7 @@ def training_images(rows: Sequence[ImageRow], config: QAConfig) -> TrainingImage
 
     Balanced within the image where it has such pairs, over all images where it has not.
     """
-    from captioner.train import Target, TrainingImages
+    from captioner.fit.train import Target, TrainingImages
 
     spare = qa.balance([row.questions or [] for row in rows], config.training.seed)
 
@@ -142,8 +144,8 @@ def measure(
     Probabilities are calibrated by temperatures that have not seen them; ``uncalibrated`` are the raw ones,
     ``blind`` those for a gray image. Last, what asking undecided questions again is good for.
     """
-    from captioner import model
     from captioner.engines.hf import HFEngine
+    from captioner.models import model
 
     captioner = model.load(config.model.model_copy(update={"path": str(verifier)}))
     engine = HFEngine(captioner, config.views, config.engine)

@@ -11,13 +11,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from captioner import report
 from captioner.config import Config
 from captioner.errors import RunError
-from captioner.formats.folder import ImageRow, read_folder
 from captioner.records import Candidate, CaptionRow, Claim, Golden
-from captioner.report import Curve, Example, Report, RoundReport
+from captioner.report import report
+from captioner.report.report import Curve, Example, Report, RoundReport
 from captioner.runs import Run, Shards, atomic_write_text
+from captioner.sources.folder import ImageRow, read_folder
 from captioner.views import BadImage, load_image
 
 EXAMPLES = 12  # images shown of each round

@@ -60,7 +60,7 @@ def write_architecture(folder: Path, seed: int = 0) -> None:
     """The untrained base: an encoder of 3 layers at width 96, a language model of 4 at width 128."""
     from transformers import Qwen3VLConfig
 
-    from captioner import model
+    from captioner.models import model
 
     tokenizer = model.build_tokenizer(_texts(), VOCABULARY)
     architecture = Qwen3VLConfig(

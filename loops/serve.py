@@ -80,10 +80,10 @@ def run(config: Config, args: argparse.Namespace) -> int:
 
 def command(config: Config, args: argparse.Namespace) -> list[str]:
     """The words that start the server. Raises CheckpointError, ConfigError for what vLLM cannot serve."""
-    from captioner import model
     from captioner.engines import vllm
     from captioner.engines.server import served_name
-    from captioner.render import Renderer
+    from captioner.models import model
+    from captioner.models.render import Renderer
 
     checkpoint = model.checkpoint_path(args.checkpoint)
     captioner = model.load_frontend(checkpoint)

@@ -15,15 +15,16 @@ import shutil
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from captioner import distributed, prompts
+from captioner import prompts
 from captioner.config import Config, SFTConfig
 from captioner.errors import DataError
-from captioner.formats import resolve
-from captioner.formats.folder import ImageRow, read_folder
+from captioner.fit import distributed
 from captioner.runs import Run, checkpoint_path, is_main
+from captioner.sources import resolve
+from captioner.sources.folder import ImageRow, read_folder
 
 if TYPE_CHECKING:
-    from captioner.train import Target, TrainingImages
+    from captioner.fit.train import Target, TrainingImages
 
 
 def run(config: Config, args: argparse.Namespace) -> int:
@@ -44,7 +45,8 @@ def run(config: Config, args: argparse.Namespace) -> int:
     if stage.done:
         print(f"sft was done before: {stage.dir}")
         return 0
-    from captioner import adapters, fuse, model, render, soft_prompt, train
+    from captioner.fit import train
+    from captioner.models import adapters, fuse, model, render, soft_prompt
 
     images = training_images([row for path in data for row in read_folder(path)], sft)
     held_out = training_images(read_folder(inputs["validation"]), sft) if sft.validation else None
@@ -86,7 +88,7 @@ def run(config: Config, args: argparse.Namespace) -> int:
 
 def training_images(rows: Sequence[ImageRow], sft: SFTConfig) -> TrainingImages:
     """The rows with what ``sft.columns`` names of each. Raises DataError for a row that lacks a column."""
-    from captioner.train import TrainingImages
+    from captioner.fit.train import TrainingImages
 
     lacking = {"shorthand": "caption", "prose": "prose", "questions": "questions"}
     for column in sft.columns:
@@ -103,8 +105,8 @@ def training_images(rows: Sequence[ImageRow], sft: SFTConfig) -> TrainingImages:
 
 def targets(row: ImageRow, sft: SFTConfig, rng: random.Random) -> list[Target]:
     """The captions of a row and a fresh draw of its questions."""
-    from captioner import qa
-    from captioner.train import Target
+    from captioner.fit.train import Target
+    from captioner.method import qa
 
     found = []
     if "shorthand" in sft.columns and row.caption:

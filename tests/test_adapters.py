@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from captioner import adapters, fuse, model, soft_prompt
 from captioner.config import AdapterTuning
 from captioner.errors import CheckpointError, ConfigError
-from captioner.model import Captioner, SoftEmbedding
+from captioner.models import adapters, fuse, model, soft_prompt
+from captioner.models.model import Captioner, SoftEmbedding
 from tests.tiny import tiny_captioner, tiny_checkpoint, tokenizer
 
 FAMILIES = list(model.FAMILIES)

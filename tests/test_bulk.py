@@ -26,17 +26,18 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from captioner.bulk import local
-from captioner.bulk.local import Inline, LocalPool
-from captioner.bulk.output import Output, Tally
-from captioner.bulk.watch import Tripwires, repeats
-from captioner.bulk.worker import Settings, Worker
 from captioner.config import Config, TripwireConfig
 from captioner.engines import CaptionRequest, QuestionBatch, YesNo, make_engine
 from captioner.engines.hf import HFEngine
-from captioner.formats.folder import read_captions
+from captioner.method.tool import Rules
+from captioner.pipeline import local
+from captioner.pipeline.local import Inline, LocalPool
+from captioner.pipeline.output import Output, Tally
+from captioner.pipeline.watch import Tripwires, repeats
+from captioner.pipeline.worker import Settings, Worker
 from captioner.records import Candidate, CaptionRow
-from captioner.tool import Rules, split_statements
+from captioner.sources.folder import read_captions
+from captioner.statements import split_statements
 from captioner.views import prepare
 from loops import cli
 from tests.test_caption import FLAGS, write_checkpoint
@@ -405,7 +406,7 @@ def test_workers_that_only_die_end_the_job(
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(HFEngine, "sample", broken)
-    monkeypatch.setattr("captioner.bulk.coordinator.DEATHS", 3)
+    monkeypatch.setattr("captioner.pipeline.coordinator.DEATHS", 3)
     assert cli.main(words(write_table(tmp_path / "a.parquet"), tmp_path / "out", checkpoint)) == 2
     assert "3 workers died, and no caption came" in capsys.readouterr().err
     assert not list((tmp_path / "out").glob("*.parquet"))

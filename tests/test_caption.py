@@ -19,13 +19,13 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from captioner.bulk.local import Inline
-from captioner.bulk.worker import Settings, Task, Worker
 from captioner.config import Config, SamplingConfig, ViewsConfig
 from captioner.engines import CaptionRequest
-from captioner.formats.folder import read_captions, read_folder
-from captioner.formats.source import open_source
+from captioner.pipeline.local import Inline
+from captioner.pipeline.worker import Settings, Task, Worker
 from captioner.records import Candidate, CaptionRow
+from captioner.sources.folder import read_captions, read_folder
+from captioner.sources.source import open_source
 from captioner.views import Cut, ViewSpec, prepare
 from loops import cli
 from tests import tiny
@@ -338,7 +338,7 @@ def test_a_finished_job_loads_no_model(
 ) -> None:
     assert caption(images, tmp_path / "out", checkpoint) == 0
     before = files(tmp_path / "out")
-    monkeypatch.setattr("captioner.model.load", lambda *a, **k: pytest.fail("loaded"))
+    monkeypatch.setattr("captioner.models.model.load", lambda *a, **k: pytest.fail("loaded"))
     assert caption(images, tmp_path / "out", checkpoint) == 0
     assert files(tmp_path / "out") == before
     assert "10 of them before" in capsys.readouterr().out

@@ -16,9 +16,10 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
-from captioner import distributed, sharding, soft_prompt
 from captioner.config import Config, load
 from captioner.errors import ConfigError
+from captioner.fit import distributed, sharding
+from captioner.models import soft_prompt
 from loops import golden, qa, sft
 from loops.cli import main
 from tests.test_adapters import inputs, logits, snapshot

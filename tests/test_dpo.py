@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from trl import DPOTrainer, KTOTrainer
 
-from captioner import alarms, losses, model, preference, render, scenes, train
+from captioner import scenes
 from captioner.config import (
     AdapterTuning,
     AlarmsConfig,
@@ -32,10 +32,12 @@ from captioner.config import (
     ViewsConfig,
 )
 from captioner.errors import Refused, RunError
-from captioner.formats.folder import read_folder
-from captioner.model import Captioner
+from captioner.fit import alarms, losses, preference, train
+from captioner.models import model, render
+from captioner.models.model import Captioner
 from captioner.records import Golden, Pair
 from captioner.runs import Run, Shards, hash_path
+from captioner.sources.folder import read_folder
 from captioner.views import load_image
 from loops import dpo as loop
 from tests.test_train import compare_losses, logged, prepared, state

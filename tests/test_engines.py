@@ -12,7 +12,7 @@ from captioner.config import EngineConfig, SamplingConfig, ViewsConfig
 from captioner.engines import CaptionRequest, QuestionBatch, YesNo
 from captioner.engines.hf import IMAGES_PER_PREFIX_BATCH, HFEngine, pick
 from captioner.errors import DataError
-from captioner.model import Captioner
+from captioner.models.model import Captioner
 from captioner.records import Candidate
 from tests.tiny import tiny_captioner, tiny_checkpoint
 
@@ -370,7 +370,7 @@ def test_one_view_shows_that_view_only(qwen3: Captioner) -> None:
 
 def test_training_still_works_after_the_engine(captioner: Captioner) -> None:
     """Nothing that the model caches while it answers may break a later backward pass."""
-    from captioner.render import TrainRow, collate
+    from captioner.models.render import TrainRow, collate
 
     ours = engine(captioner)
     ask(ours, [QuestionBatch(image(), QUESTIONS[:1])])

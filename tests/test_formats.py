@@ -17,16 +17,16 @@ from PIL import Image
 
 from captioner.config import Config
 from captioner.errors import DataError
-from captioner.formats import parse_scenes, resolve
-from captioner.formats.folder import (
+from captioner.records import CaptionRow
+from captioner.runs import Run, Shards
+from captioner.sources import parse_scenes, resolve
+from captioner.sources.folder import (
     read_captions,
     read_folder,
     sidecar_path,
     write_jsonl,
     write_sidecars,
 )
-from captioner.records import CaptionRow
-from captioner.runs import Run, Shards
 
 METADATA = [
     {
@@ -282,7 +282,7 @@ def test_no_key_leads_out(key: str) -> None:
 
 def test_formats_import_no_heavy_library() -> None:
     code = (
-        "import sys, captioner.formats.folder, captioner.views\n"
+        "import sys, captioner.sources.folder, captioner.views\n"
         "assert not {'torch', 'adapters', 'trl', 'datasets', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

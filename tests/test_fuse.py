@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from captioner import adapters, fuse, model, soft_prompt
 from captioner.config import Config, ModelConfig, ViewsConfig, load
 from captioner.errors import CheckpointError, ConfigError, RunError
-from captioner.model import Captioner
+from captioner.models import adapters, fuse, model, soft_prompt
+from captioner.models.model import Captioner
 from loops import export, sft
 from tests.test_adapters import add, inputs, logits, shake
 from tests.tiny import tiny_captioner, tiny_checkpoint, tokenizer

@@ -21,14 +21,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from captioner import golden, planted, qa, scenes, views
+from captioner import scenes, views
 from captioner.config import Config, GoldenConfig, ViewsConfig, ViewsOverride
 from captioner.engines import YesNo
 from captioner.errors import ConfigError, Refused, RunError
-from captioner.golden import Thresholds
+from captioner.method import golden, planted, qa
+from captioner.method.golden import Thresholds
+from captioner.method.tool import Rules
 from captioner.records import Candidate, Claim, Failed, Golden, Pair, Planted, Unasked
 from captioner.runs import Run, Shards
-from captioner.tool import Rules, is_one_statement, normalise, split_statements
+from captioner.statements import is_one_statement, normalise, split_statements
 from loops import golden as loop
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -636,7 +638,7 @@ def test_a_killed_stage_ends_with_the_same_rows(
     whole = stage / "failed" / "00000.parquet" if name == "claims" else stage / "00000.parquet"
     first = whole.stat().st_mtime_ns
     if name in ("golden", "pairs"):
-        monkeypatch.setattr("captioner.model.load", no_model)
+        monkeypatch.setattr("captioner.models.model.load", no_model)
     assert loop.run(config_of(home), flags(home)) == 0
     assert whole.stat().st_mtime_ns == first
     for each in loop.STAGES:
@@ -647,7 +649,7 @@ def test_a_killed_stage_ends_with_the_same_rows(
 
 def test_rethreshold_runs_no_model(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     home = copy_of(finished, tmp_path)
-    monkeypatch.setattr("captioner.model.load", no_model)
+    monkeypatch.setattr("captioner.models.model.load", no_model)
     old = rows_of(home, "claims")
     keep = max(map(golden.confidence, old))
     with pytest.raises(RunError, match=r"keep.*\n.*\n.*--rethreshold"):
@@ -764,7 +766,7 @@ def test_a_verifier_turned_for_one_kind_is_caught(
     refuted = [row for row in rows_of(home, "pairs") if row.refuted_in_rejected]
     assert refuted  # by the other kinds
     # thresholds move, the distrust stays, and no model runs
-    monkeypatch.setattr("captioner.model.load", no_model)
+    monkeypatch.setattr("captioner.models.model.load", no_model)
     assert loop.run(gate_config(home), flags(home, rethreshold=0.99)) == 0
     assert {row.verdict for row in rows_of(home, "claims") if row.kind == "color"} == {"abstain"}
     # a lower limit trusts it again
@@ -777,9 +779,9 @@ def test_a_verifier_trained_on_turned_labels_is_caught(tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from captioner import model
     from captioner.engines import make_engine
-    from captioner.formats.folder import ImageRow, read_folder
+    from captioner.models import model
+    from captioner.sources.folder import ImageRow, read_folder
     from loops import qa as qa_loop
 
     scenes.write("qa", 48, tmp_path / "asked")

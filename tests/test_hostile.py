@@ -18,11 +18,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from captioner.bulk.local import Inline
-from captioner.bulk.worker import Settings, Task, Worker
 from captioner.config import Config
-from captioner.formats.source import open_source, read_shard
+from captioner.pipeline.local import Inline
+from captioner.pipeline.worker import Settings, Task, Worker
 from captioner.records import CaptionRow
+from captioner.sources.source import open_source, read_shard
 from captioner.views import FORMATS, BadImage, load_image
 
 COUNT = 1000

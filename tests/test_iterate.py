@@ -56,7 +56,9 @@ class StandIn:
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     StandIn.loaded = []
-    monkeypatch.setattr("captioner.model.load", lambda config: (Path(config.path) / "style").read_text())
+    monkeypatch.setattr(
+        "captioner.models.model.load", lambda config: (Path(config.path) / "style").read_text()
+    )
     monkeypatch.setattr("captioner.engines.hf.HFEngine", StandIn)
     checkpoint(tmp_path / "base", "base")
     data = f"scenes:validation:{VALIDATION}"

@@ -12,40 +12,37 @@ from loops.cli import COMMANDS
 
 REPO = Path(__file__).resolve().parent.parent
 LEVELS = (
-    {"errors", "config", "records", "prompts", "runs", "scenes"},
-    {"views", "model", "adapters", "soft_prompt", "distributed", "sharding"},
-    {"render", "engines", "tool"},
-    {
-        "losses",
-        "alarms",
-        "train",
-        "preference",
-        "qa",
-        "golden",
-        "planted",
-        "pairs",
-        "fuse",
-        "metrics",
-        "report",
-        "formats",
-        "bulk",
-    },
+    {"errors", "config", "records", "prompts", "statements", "runs", "scenes"},
+    {"views", "sources", "layouts"},
+    {"models"},
+    {"engines"},
+    {"pipeline", "fit", "method", "judges"},
+    {"report"},
+    {"lab"},
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS, 1) for name in names}
 DOORS = {
-    "adapters": {"captioner.adapters"},
-    "peft": {"captioner.adapters"},
-    "trl": {"captioner.train", "captioner.preference"},
+    "adapters": {"captioner.models.adapters"},
+    "peft": {"captioner.models.adapters"},
+    "trl": {"captioner.fit"},
     "datasets": {
         "captioner.records",
-        "captioner.formats",
-        "captioner.train",
-        "captioner.preference",
-    },  # these two: the type that TRL takes
+        "captioner.sources",
+        "captioner.layouts",
+        "captioner.fit",
+    },  # fit: the type that TRL takes
     "vllm": {"captioner.engines"},
     "ray": {"captioner.engines"},
 }
-SERVING = ("captioner.views", "captioner.render", "captioner.engines", "captioner.formats", "loops.caption")
+SERVING = (
+    "captioner.views",
+    "captioner.models.render",
+    "captioner.engines",
+    "captioner.sources",
+    "captioner.layouts",
+    "captioner.pipeline",
+    "loops.caption",
+)
 MAY_IMPORT_LOOPS = {"loops.iterate", "loops.demo"}  # and the studies, which run whole loops
 LONGEST = 100  # lines of a function
 
@@ -181,7 +178,7 @@ def test_every_command_has_its_loop_and_every_loop_its_command() -> None:
 
 def test_every_module_says_what_it_is() -> None:
     assert [
-        name for name, tree in TREES.items() if name != "captioner.formats" and not ast.get_docstring(tree)
+        name for name, tree in TREES.items() if name != "captioner.sources" and not ast.get_docstring(tree)
     ] == []
 
 

@@ -8,10 +8,11 @@ import math
 import numpy as np
 import pytest
 
-from captioner import metrics, scenes
+from captioner import scenes
 from captioner.config import GateConfig
 from captioner.errors import DataError
-from captioner.metrics import Counts
+from captioner.judges import metrics
+from captioner.judges.metrics import Counts
 
 SCENES = [scenes.sample("test", i) for i in range(40)]
 
@@ -238,7 +239,7 @@ def test_gate_rules_a_loss_out_where_the_images_are_enough() -> None:
 
 def test_recall_at_equal_length_is_not_earned_by_talking() -> None:
     """As many true statements, one false one behind them left out: recall is equal, length is not."""
-    assert metrics.evenly("a, b, c", "b. a") == ("a, b", "b, a")
+    assert metrics.evenly("a, b, c", "b; a") == ("a, b", "b, a")
     assert metrics.evenly("", "a") == ("", "")
     half = [", ".join(scenes.statements(s)[::2]) for s in SCENES]
     cut = [metrics.evenly(a, b) for a, b in zip(half, ORACLE, strict=True)]

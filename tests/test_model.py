@@ -9,9 +9,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from captioner import model
 from captioner.config import ModelConfig
 from captioner.errors import CheckpointError
+from captioner.models import model
 from tests.tiny import VIEW_SIZE, architecture, tiny_captioner, tiny_checkpoint, tokenizer
 
 FAMILIES = list(model.FAMILIES)

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from captioner import pairs
 from captioner.config import PairsConfig
 from captioner.errors import Refused
+from captioner.method import pairs
 from captioner.records import Candidate, Claim, Golden, Pair
 
 

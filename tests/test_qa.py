@@ -16,11 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from captioner import qa, scenes
+from captioner import scenes
 from captioner.config import Config, ModelConfig, QAConfig, TrainingConfig
 from captioner.errors import DataError, RunError
-from captioner.model import FAMILIES
-from captioner.qa import Answer
+from captioner.method import qa
+from captioner.method.qa import Answer
+from captioner.models.model import FAMILIES
 from loops import qa as loop
 from tests.test_train import compare_losses, logged
 from tests.tiny import tiny_checkpoint

@@ -18,8 +18,8 @@ from PIL import Image
 from captioner import scenes
 from captioner.config import Config, QAConfig, TrainingConfig
 from captioner.errors import DataError, Refused
-from captioner.formats import questions
 from captioner.runs import Run
+from captioner.sources import questions
 from loops import qa as loop
 from loops.cli import main
 from tests.tiny import tiny_checkpoint
@@ -222,9 +222,9 @@ def test_a_verifier_learns_from_a_question_file(tmp_path: Path) -> None:
 
 def test_evaluate_asks_questions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The scores of `captioner evaluate --questions` are those of the engine's own answers."""
-    from captioner import qa
     from captioner.engines import make_engine
-    from captioner.formats.folder import read_folder
+    from captioner.method import qa
+    from captioner.sources.folder import read_folder
 
     scenes.write("qa", 3, tmp_path / "asked")
     checkpoint = tiny_checkpoint(tmp_path / "verifier").path

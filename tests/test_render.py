@@ -4,11 +4,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from captioner import model, prompts
+from captioner import prompts
 from captioner.config import ViewsConfig
 from captioner.errors import CheckpointError, DataError
-from captioner.model import Captioner
-from captioner.render import IGNORED, Renderer, TrainRow, collate
+from captioner.models import model
+from captioner.models.model import Captioner
+from captioner.models.render import IGNORED, Renderer, TrainRow, collate
 from tests.tiny import tiny_captioner
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")

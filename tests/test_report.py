@@ -7,10 +7,12 @@ from html.parser import HTMLParser
 import pytest
 from PIL import Image
 
-from captioner import metrics, report, scenes
+from captioner import scenes
 from captioner.errors import DataError
+from captioner.judges import metrics
 from captioner.records import Claim
-from captioner.report import Curve, Example, Report, RoundReport
+from captioner.report import report
+from captioner.report.report import Curve, Example, Report, RoundReport
 
 EVIL = "<script>alert('x')</script>\" onload='y' & </style>"
 VOID = {"meta", "img", "br"}

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from captioner import model
 from captioner.config import EngineConfig, SamplingConfig, ViewsOverride
 from captioner.engines import CaptionRequest, QuestionBatch
 from captioner.engines.server import ServerEngine, served_name
 from captioner.errors import CheckpointError, DataError, EngineError
-from captioner.formats.folder import read_captions
+from captioner.models import model
+from captioner.sources.folder import read_captions
 from loops import cli
 from tests.http_stand_in import HANG, Reply, StandIn
 from tests.tiny import tiny_checkpoint

@@ -20,8 +20,8 @@ import webdataset
 from PIL import Image
 
 from captioner.errors import DataError
-from captioner.formats import tables, tars
-from captioner.formats.source import Item, ShardRef, open_source, read_shard
+from captioner.sources import tables, tars
+from captioner.sources.source import Item, ShardRef, open_source, read_shard
 
 
 def png(shade: int = 0) -> bytes:
@@ -69,7 +69,7 @@ def memory_of_reading(path: Path) -> tuple[int, int]:
     """(images, kilobytes that reading them adds to the peak of a process) of the one shard in ``path``."""
     code = (
         "import sys, pyarrow.parquet\n"
-        "from captioner.formats.source import open_source, read_shard\n"
+        "from captioner.sources.source import open_source, read_shard\n"
         "def peak():\n"
         "    [line] = [line for line in open('/proc/self/status') if line.startswith('VmHWM')]\n"
         "    return int(line.split()[1])\n"

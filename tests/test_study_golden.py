@@ -6,7 +6,7 @@ import pytest
 
 from captioner import scenes
 from captioner.config import GoldenConfig
-from captioner.golden import Thresholds, judge
+from captioner.method.golden import Thresholds, judge
 from captioner.records import Candidate, Claim
 from captioner.scenes import Scene, Thing
 from loops.studies import golden as study

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from captioner import scenes
-from captioner.tool import Rules, normalise, split_statements
+from captioner.method.tool import Rules
+from captioner.statements import normalise, split_statements
 
 PLAIN = st.from_regex(r"[a-z]{2,8}( [a-z]{2,8}){0,2}", fullmatch=True)
 

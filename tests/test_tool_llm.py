@@ -14,11 +14,12 @@ from PIL import Image
 from captioner.config import ToolConfig
 from captioner.engines import NoAnswer
 from captioner.errors import DataError
-from captioner.formats.folder import read_folder
-from captioner.formats.reformulate import reformulate
+from captioner.method.reformulate import reformulate
+from captioner.method.tool import LLM, Question, Rules, Statement, ToolFailed, make_tool
 from captioner.records import Failed
 from captioner.runs import Shards
-from captioner.tool import LLM, Question, Rules, Statement, ToolFailed, make_tool, split_statements
+from captioner.sources.folder import read_folder
+from captioner.statements import split_statements
 from tests.http_stand_in import HANG, Reply, StandIn, chat, prompt_of
 
 CAPTIONS = ["red cup on a table, blue bowl", "blue bowl, two spoons", "red cup on a table, beautiful mood"]

@@ -1,4 +1,4 @@
-"""captioner/train.py and loops/sft.py on a tiny random model."""
+"""captioner/fit/train.py and loops/sft.py on a tiny random model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from captioner import model, render, scenes, train
+from captioner import scenes
 from captioner.config import (
     AdapterTuning,
     Config,
@@ -27,8 +27,10 @@ from captioner.config import (
     ViewsConfig,
 )
 from captioner.errors import ConfigError, DataError, RunError
-from captioner.formats.folder import ImageRow, read_folder
-from captioner.model import Captioner
+from captioner.fit import train
+from captioner.models import model, render
+from captioner.models.model import Captioner
+from captioner.sources.folder import ImageRow, read_folder
 from loops import sft as loop
 from tests.tiny import tiny_captioner, tiny_checkpoint
 

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from captioner import adapters, fuse, model, soft_prompt, train
 from captioner.config import (
     AdapterTuning,
     Config,
@@ -21,8 +20,10 @@ from captioner.config import (
     load,
 )
 from captioner.errors import CheckpointError, ConfigError, Refused
-from captioner.model import Captioner, describe_trainable
-from captioner.render import Prompt
+from captioner.fit import train
+from captioner.models import adapters, fuse, model, soft_prompt
+from captioner.models.model import Captioner, describe_trainable
+from captioner.models.render import Prompt
 from loops.studies import _arms
 from loops.studies import tuning as study
 from loops.study import measure

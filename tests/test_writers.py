@@ -23,13 +23,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from captioner.errors import ConfigError
-from captioner.formats import resolve, writers
-from captioner.formats.budget import counter, fit
-from captioner.formats.folder import read_captions, read_folder
-from captioner.formats.source import open_source, read_shard
+from captioner.layouts.budget import counter, fit
 from captioner.records import CaptionRow
 from captioner.runs import Shards
-from captioner.tool import split_statements
+from captioner.sources import resolve, writers
+from captioner.sources.folder import read_captions, read_folder
+from captioner.sources.source import open_source, read_shard
+from captioner.statements import split_statements
 from loops import cli
 
 CAPTIONS = {

@@ -10,8 +10,8 @@ import torch
 from transformers import PretrainedConfig, Qwen2_5_VLConfig, Qwen2VLConfig, Qwen3VLConfig
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from captioner import model
-from captioner.model import Captioner
+from captioner.models import model
+from captioner.models.model import Captioner
 
 VIEW_SIZE = 64  # px
 TEXTS = (

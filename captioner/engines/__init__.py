@@ -27,7 +27,7 @@ def make_engine(checkpoint: Path, config: Config, prompt: str | None = None) -> 
     ``prompt`` is asked for captions in place of the captioner's own (see ``Renderer.branch_ids``). Raises
     CheckpointError for a checkpoint that cannot be read.
     """
-    from captioner import model  # imports torch, which --help has no time for
+    from captioner.models import model  # imports torch, which --help has no time for
 
     if config.engine.type == "hf":
         from captioner.engines.hf import HFEngine

@@ -15,7 +15,7 @@ from captioner.records import Candidate
 from captioner.views import Picture
 
 if TYPE_CHECKING:
-    from captioner.render import Renderer
+    from captioner.models.render import Renderer
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,9 @@ from captioner.config import EngineConfig, SamplingConfig, ViewsConfig, ViewsOve
 from captioner.engines.base import CaptionRequest, QuestionBatch, YesNo
 from captioner.engines.vocabulary import Vocabulary
 from captioner.errors import DataError
-from captioner.model import Captioner
+from captioner.models.model import Captioner
+from captioner.models.render import Renderer
 from captioner.records import Candidate
-from captioner.render import Renderer
 from captioner.runs import row_seed
 
 T = TypeVar("T")

@@ -89,7 +89,7 @@ class _Actor:
 
 
 class RayPool:
-    """Actors, one per worker; see :class:`captioner.bulk.coordinator.Pool`.
+    """Actors, one per worker; see :class:`captioner.pipeline.coordinator.Pool`.
 
     An actor that finds no room waits until the cluster has some (and so makes an autoscaler act); the others
     work meanwhile. One that died, or whose node did, is started anew wherever there is room.

@@ -23,9 +23,9 @@ from captioner.engines.base import CaptionRequest, QuestionBatch, YesNo
 from captioner.engines.servers import Rejected, Server, Servers, Unanswered, choice_of
 from captioner.engines.vocabulary import Vocabulary
 from captioner.errors import EngineError
-from captioner.model import Captioner
+from captioner.models.model import Captioner
+from captioner.models.render import Renderer
 from captioner.records import Candidate
-from captioner.render import Renderer
 from captioner.runs import hash_path, row_seed
 
 NAME_LENGTH = 16  # digits of a checkpoint's hash that name it on a server

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from captioner.errors import CheckpointError
-from captioner.model import Captioner
+from captioner.models.model import Captioner
+from captioner.models.render import Renderer
 from captioner.records import Candidate
-from captioner.render import Renderer
 
 YES_NO = (("yes", "Yes"), ("no", "No"))  # the words whose first tokens count as the answer
 

@@ -8,19 +8,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from captioner import metrics
-from captioner.bulk.watch import repeats
 from captioner.config import Config, SamplingConfig
-from captioner.formats import resolve
-from captioner.formats.folder import ImageRow, read_folder
-from captioner.metrics import Counts
+from captioner.judges import metrics
+from captioner.judges.metrics import Counts
+from captioner.pipeline.watch import repeats
 from captioner.records import CaptionRow
 from captioner.runs import Run, Shards, atomic_write_json
+from captioner.sources import resolve
+from captioner.sources.folder import ImageRow, read_folder
 from loops import evaluate, sft
 
 if TYPE_CHECKING:
     from captioner.engines.hf import HFEngine
-    from captioner.model import Captioner
+    from captioner.models.model import Captioner
 
 Metrics = dict[str, float]
 
@@ -45,7 +45,8 @@ def images(config: Config, work: Path, source: str) -> list[ImageRow]:
 
 def train(config: Config, work: Path, home: Path) -> Captioner:
     """The captioner that ``config.sft`` makes, in memory: what cannot be exported can be measured."""
-    from captioner import model, render, train
+    from captioner.fit import train
+    from captioner.models import model, render
 
     section = config.sft
     rows = [row for source in section.data for row in images(config, work, source)]

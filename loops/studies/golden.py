@@ -13,13 +13,14 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from captioner import golden, scenes
+from captioner import scenes
 from captioner.config import Config, GoldenConfig
-from captioner.formats import resolve
-from captioner.formats.folder import read_folder
+from captioner.method import golden
 from captioner.records import Candidate, Claim
 from captioner.runs import Run, Shards
-from captioner.tool import split_statements
+from captioner.sources import resolve
+from captioner.sources.folder import read_folder
+from captioner.statements import split_statements
 from loops import golden as golden_loop
 from loops import qa, sft
 from loops.iterate import arguments

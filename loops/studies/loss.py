@@ -15,11 +15,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from captioner import alarms
 from captioner.config import Config
-from captioner.formats.folder import read_folder
+from captioner.fit import alarms
 from captioner.records import Golden, Pair
 from captioner.runs import Run, Shards, remove_dir
+from captioner.sources.folder import read_folder
 from loops import dpo, evaluate, golden, qa, sft
 from loops.iterate import arguments
 from loops.studies._arms import Metrics, remembered, scores

@@ -20,12 +20,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from captioner import metrics
 from captioner.config import Config
 from captioner.errors import Refused
-from captioner.formats.folder import read_folder
+from captioner.judges import metrics
 from captioner.records import Candidate, Golden
 from captioner.runs import Run, Shards, atomic_write_json
+from captioner.sources.folder import read_folder
 from loops import evaluate, golden, iterate, qa, sft
 from loops.iterate import arguments
 from loops.studies._arms import Metrics, scores

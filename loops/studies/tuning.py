@@ -25,12 +25,12 @@ from captioner.config import (
     PartsTuning,
     Tuning,
 )
-from captioner.metrics import evaluate
+from captioner.judges.metrics import evaluate
 from loops import sft
 from loops.studies._arms import Metrics, caption, images, remembered, share, train
 
 if TYPE_CHECKING:
-    from captioner.model import Captioner
+    from captioner.models.model import Captioner
 
 BASE = "base (prose)"
 PAIRED = "adapters + soft prompt"
@@ -79,7 +79,7 @@ def measure(config: Config, work: Path) -> Iterator[tuple[str, Metrics]]:
 
 
 def _base(config: Config, work: Path) -> Metrics:
-    from captioner import model
+    from captioner.models import model
 
     return _scores(config, work, model.load(config.model), prose=True)
 
@@ -112,8 +112,8 @@ def _cost(config: Config, work: Path, captioner: Captioner) -> Metrics:
     import torch
     from torch.autograd.graph import saved_tensors_hooks
 
-    from captioner import render
-    from captioner.train import Collator
+    from captioner.fit.train import Collator
+    from captioner.models import render
 
     section = config.sft
     rows = [row for source in section.data for row in images(config, work, source)]

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from captioner.config import Config, ViewsOverride
-from captioner.metrics import evaluate
+from captioner.judges.metrics import evaluate
 from loops.studies._arms import Metrics, caption, images, remembered, share, train
 
 if TYPE_CHECKING:
-    from captioner.model import Captioner
-    from captioner.render import Renderer
+    from captioner.models.model import Captioner
+    from captioner.models.render import Renderer
 
 PAIRED = "six"
 DOUBLE_PX = 128  # twice the native 64 px of the scenes' encoder
@@ -84,7 +84,7 @@ def _scores(config: Config, work: Path, captioner: Captioner, shown: str | None 
 
 def _renderer(captioner: Captioner, config: Config, shown: str) -> Renderer:
     """A renderer that names each crop as the next one, or shows gray in the place of every crop."""
-    from captioner import render
+    from captioner.models import render
 
     class Names(render.Renderer):
         def tags(self, whole_only: bool = False) -> tuple[str, ...]:

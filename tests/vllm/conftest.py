@@ -17,7 +17,7 @@ import psutil
 import pytest
 import torch
 
-from captioner import fuse
+from captioner.models import fuse
 from tests.test_fuse import adapted
 
 REPO = Path(__file__).resolve().parents[2]

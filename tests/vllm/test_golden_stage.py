@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from captioner import model, scenes
+from captioner import scenes
 from captioner.config import Config
 from captioner.errors import Refused
+from captioner.models import model
 from captioner.runs import Run
 from loops import golden as loop
 from tests.test_golden import config_of, failures_of, flags, give_verifier, rows_of

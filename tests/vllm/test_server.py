@@ -17,14 +17,15 @@ import torch
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
-from captioner import fuse, model, prompts, render, scenes, views
+from captioner import prompts, scenes, views
 from captioner.config import Config, EngineConfig, SamplingConfig, ServerConfig, ToolConfig, ViewsOverride
 from captioner.engines import CaptionRequest, NoAnswer, QuestionBatch, TextRequest, make_engine
 from captioner.engines.server import ServerEngine
 from captioner.engines.text import TextEngine
 from captioner.errors import EngineError
-from captioner.formats.folder import read_captions
-from captioner.tool import LLM, ToolFailed
+from captioner.method.tool import LLM, ToolFailed
+from captioner.models import fuse, model, render
+from captioner.sources.folder import read_captions
 from loops.cli import main
 from tests.test_fuse import adapted
 from tests.test_render import messages

@@ -1,0 +1,1 @@
+"""Training: SFT, QA and preferences on TRL's trainers."""

@@ -1,0 +1,1 @@
+"""What says whether a caption is true, and the gate of a round."""

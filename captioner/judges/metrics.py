@@ -1,0 +1,337 @@
+"""Exact caption metrics on images whose facts are known, with bootstrap intervals over images.
+
+Nothing here loads torch. A caption becomes a row of counts (:class:`Counts`); every corpus metric is a
+function of the *sums* of those rows (micro average: each statement and each fact weighs the same), so a
+bootstrap resample is one row of a weight matrix and all resamples are one matrix product.
+
+Shapes: N images, R resamples, C count columns (``COLUMNS``), S runs (seeds).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from captioner import scenes
+from captioner.config import GateConfig
+from captioner.errors import DataError
+from captioner.statements import comparable_statements
+
+Array = NDArray[np.float64]
+
+COLUMNS = (
+    "captions",  # 1 per caption
+    "statements",  # all statements, repeated ones included
+    "repeated",  # statements that say again what this caption said before
+    "unparsed",  # statements the parser does not understand: neither true nor false
+    "true",  # distinct parsed statements that hold
+    "false",  # distinct parsed statements that do not
+    "hallucinating",  # 1 where the caption holds a false statement
+    "facts",
+    "recalled",
+    "ended",  # 1 where the caption ended with the end token
+    "tokens",
+)
+_AT = {name: i for i, name in enumerate(COLUMNS)}
+METRICS = (
+    "precision",
+    "recall",
+    "f1",
+    "hallucinated",
+    "hallucinating_captions",
+    "parsed",
+    "ended",
+    "repeated",
+    "tokens",
+)
+NEED_FACTS = frozenset(METRICS[:6])
+HIGHER_IS_BETTER = frozenset({"precision", "recall", "f1", "parsed", "ended"})
+
+
+@dataclass(frozen=True)
+class Counts:
+    """One caption's counts; ``judged`` is false where the image has no known facts.
+
+    ``groups`` holds (hits, total) by metric and grouping, e.g. ``groups["recall by size"]["small"]``.
+    """
+
+    key: str
+    judged: bool
+    values: tuple[int, ...]  # in the order of COLUMNS
+    groups: Mapping[str, Mapping[str, tuple[int, int]]] = field(default_factory=dict)
+
+    def __getitem__(self, column: str) -> int:
+        return self.values[_AT[column]]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A value with its percentile interval; NaN where the metric is undefined (no statement, no fact)."""
+
+    value: float
+    low: float
+    high: float
+
+    def to_json(self) -> dict[str, float | None]:
+        """NaN becomes null: JSON knows no NaN."""
+        return {k: None if math.isnan(v) else v for k, v in asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, float | None]) -> Interval:
+        return cls(
+            **{k: math.nan if row[k] is None else float(row[k] or 0) for k in ("value", "low", "high")}
+        )
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What the gate says; ``reasons`` holds one line per rule, passed or not."""
+
+    promoted: bool
+    reasons: tuple[str, ...]
+    difference: Mapping[str, Interval]
+
+
+def count(
+    key: str, caption: str, facts: str | None, *, finish_reason: str | None, tokens: int, prose: bool = False
+) -> Counts:
+    """Counts of one caption. ``facts`` is a scene's facts as JSON, or None where nothing is known.
+
+    Repeated statements count once for precision; statements that cannot be parsed are neither true nor
+    false, and lower ``parsed`` instead.
+    """
+    said = comparable_statements(caption)
+    row = dict.fromkeys(COLUMNS, 0)
+    row |= {"captions": 1, "statements": len(said), "repeated": len(said) - len(set(said))}
+    row |= {"ended": int(finish_reason == "stop"), "tokens": tokens}
+    if facts is None:
+        return Counts(key, False, tuple(row.values()))
+    judged = scenes.judge(caption, facts, prose=prose)
+    row |= {"unparsed": judged.unparsed, "true": judged.true, "false": judged.false}
+    row |= {"hallucinating": int(judged.false > 0), "facts": judged.facts, "recalled": judged.recalled}
+    groups = {
+        "precision by kind": {kind: (true, true + false) for kind, (true, false) in judged.by_kind.items()},
+        "precision by size": judged.precision_by_size,
+        "recall by kind": judged.recall_by_kind,
+        "recall by size": judged.recall_by_size,
+        "recall by rarity": judged.recall_by_group,
+    }
+    return Counts(key, True, tuple(row.values()), groups)
+
+
+def _matrix(rows: Sequence[Counts]) -> Array:
+    return np.array([r.values for r in rows], dtype=np.float64).reshape(len(rows), len(COLUMNS))
+
+
+def _ratio(top: Array, bottom: Array) -> Array:
+    """0/0 is undefined (NaN), never 0 or 1."""
+    return np.divide(top, bottom, out=np.full(np.shape(bottom), np.nan), where=bottom > 0)
+
+
+def from_sums(sums: Array) -> dict[str, Array]:
+    """Corpus metrics from summed counts. sums: [..., C] -> every metric of METRICS as [...]."""
+    at = {name: sums[..., i] for name, i in _AT.items()}
+    said = at["true"] + at["false"]
+    precision, recall = _ratio(at["true"], said), _ratio(at["recalled"], at["facts"])
+    return {
+        "precision": precision,
+        "recall": recall,
+        "f1": np.where(precision + recall == 0, 0.0, _ratio(2 * precision * recall, precision + recall)),
+        "hallucinated": _ratio(at["false"], said),
+        "hallucinating_captions": _ratio(at["hallucinating"], np.where(at["facts"] > 0, at["captions"], 0)),
+        "parsed": _ratio(said, said + at["unparsed"]),
+        "ended": _ratio(at["ended"], at["captions"]),
+        "repeated": _ratio(at["repeated"], at["statements"]),
+        "tokens": _ratio(at["tokens"], at["captions"]),
+    }
+
+
+def resample_weights(images: int, resamples: int, seed: int) -> Array:
+    """How often each image is drawn in each bootstrap resample: [R, N], each row sums to N."""
+    rng = np.random.default_rng(seed)
+    return rng.multinomial(images, np.full(images, 1 / images), size=resamples).astype(np.float64)
+
+
+def _interval(value: float, draws: Array) -> Interval:
+    """Percentile interval, 95 %; undefined draws (an empty denominator) are left out."""
+    draws = draws[~np.isnan(draws)]
+    if math.isnan(value) or not draws.size:
+        return Interval(float(value), math.nan, math.nan)
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return Interval(float(value), float(low), float(high))
+
+
+def evaluate(rows: Sequence[Counts], *, resamples: int = 2000, seed: int = 0) -> dict[str, Interval]:
+    """Every metric of one captioner with its 95 % interval over images (Efron & Tibshirani 1993, ch. 13)."""
+    return evaluate_runs([rows], resamples=resamples, seed=seed)
+
+
+def evaluate_runs(
+    runs: Sequence[Sequence[Counts]], *, resamples: int = 2000, seed: int = 0
+) -> dict[str, Interval]:
+    """Mean over S runs (seeds) of every metric. Runs and images are both resampled, so the interval holds
+    the spread between seeds as well; with one run it is the interval over images alone."""
+    values, draws = _draw(runs, resamples, seed)
+    return {name: _interval(values[name], draws[name]) for name in METRICS}
+
+
+def difference(
+    before: Sequence[Counts], after: Sequence[Counts], *, resamples: int = 2000, seed: int = 0
+) -> dict[str, Interval]:
+    """after - before on the same images, paired: both see the same resamples. Keys in any order."""
+    return difference_runs([before], [after], resamples=resamples, seed=seed)
+
+
+def difference_runs(
+    before: Sequence[Sequence[Counts]],
+    after: Sequence[Sequence[Counts]],
+    *,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> dict[str, Interval]:
+    """Mean over S runs of after - before; run s of one side is paired with run s of the other."""
+    if len(before) != len(after) or not before:
+        raise DataError(
+            f"{len(before)} runs cannot be paired with {len(after)}", mend="give one of each seed"
+        )
+    old, old_draws = _draw(before, resamples, seed)
+    new, new_draws = _draw(after, resamples, seed)
+    _same_keys(before[0], after[0])
+    return {name: _interval(new[name] - old[name], new_draws[name] - old_draws[name]) for name in METRICS}
+
+
+def _same_keys(one: Sequence[Counts], other: Sequence[Counts]) -> None:
+    a, b = {r.key for r in one}, {r.key for r in other}
+    if a != b or len(a) != len(one) or len(b) != len(other):
+        odd = sorted(a ^ b)[:3]
+        raise DataError(
+            "captioners are compared on different images",
+            where=", ".join(odd) or "a repeated key",
+            mend="caption the same images with each of them",
+        )
+
+
+def _draw(
+    runs: Sequence[Sequence[Counts]], resamples: int, seed: int
+) -> tuple[dict[str, float], dict[str, Array]]:
+    """Mean metrics over S runs, and their R bootstrap draws. The draws depend on (S, N, R, seed) alone, which
+    is what pairs two captioners."""
+    if not runs or not runs[0]:
+        raise DataError("no captions to evaluate", mend="check that the data set is not empty")
+    for rows in runs[1:]:
+        _same_keys(runs[0], rows)
+    order = [sorted(rows, key=lambda r: r.key) for rows in runs]
+    counts = np.stack([_matrix(rows) for rows in order])  # [S, N, C]
+    weights = resample_weights(counts.shape[1], resamples, seed)  # [R, N]
+    each = from_sums(np.einsum("rn,snc->rsc", weights, counts))  # every metric [R, S]
+    picks = np.random.default_rng([seed, 1]).multinomial(
+        len(runs), np.full(len(runs), 1 / len(runs)), resamples
+    )
+    share = picks / len(runs)  # [R, S], rows sum to 1
+    whole = from_sums(counts.sum(1))  # every metric [S]
+    means = {name: float(np.mean(value)) for name, value in whole.items()}
+    return means, {name: np.where(share > 0, value * share, 0).sum(1) for name, value in each.items()}
+
+
+def breakdown(
+    rows: Sequence[Counts], *, resamples: int = 2000, seed: int = 0
+) -> dict[str, dict[str, Interval]]:
+    """Each grouping of ``Counts.groups`` with its intervals: {"recall by size": {"small": Interval}, ...}."""
+    weights = resample_weights(len(rows), resamples, seed)  # [R, N]
+    result: dict[str, dict[str, Interval]] = {}
+    for grouping in sorted({name for row in rows for name in row.groups}):
+        table = [row.groups.get(grouping, {}) for row in rows]
+        result[grouping] = {}
+        for group in dict.fromkeys(name for row in table for name in row):
+            pairs = np.array(
+                [row.get(group, (0, 0)) for row in table], dtype=np.float64
+            )  # [N, 2]: hits, total
+            draws = weights @ pairs
+            value = _ratio(pairs.sum(0)[:1], pairs.sum(0)[1:])
+            result[grouping][group] = _interval(float(value[0]), _ratio(draws[:, 0], draws[:, 1]))
+    return result
+
+
+def gate(
+    before: Sequence[Counts],
+    after: Sequence[Counts],
+    config: GateConfig,
+    *,
+    even: tuple[Sequence[Counts], Sequence[Counts]] | None = None,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Decision:
+    """Whether a round's captioner replaces the one it started from: it does one thing better and no harm.
+
+    All tests are paired over images, by the 95 % interval of after - before. *Better* (superiority): the
+    share of hallucinated statements falls or recall at equal length rises, and the interval excludes 0. *No
+    harm* (non-inferiority: the interval excludes a loss above the margin, so few images or a loss within
+    chance do not pass as none): hallucinated share, recall at equal length, recall of the whole captions,
+    share of repeated statements, mean length as a ratio. And at least ``min_ended`` of the new captions ended
+    by themselves, the share itself: it is a demand on the captioner, not a comparison.
+
+    ``even`` are the counts of both with the longer caption of each image cut to the statements of the shorter
+    (:func:`evenly`): what is said first is to be as complete, however much is said. An undefined difference
+    (nothing parsed) never passes. Images without known facts leave endings, repetition and length, of which
+    none needs to become better.
+    """
+    change = dict(difference(before, after, resamples=resamples, seed=seed))
+    start = evaluate(before, resamples=100, seed=seed)
+    ended = evaluate(after, resamples=100, seed=seed)["ended"].value
+    judged = all(r.judged for r in before) and all(r.judged for r in after)
+    rules: list[tuple[bool, str]] = []
+    if judged:
+        change["even_recall"] = difference(*(even or (before, after)), resamples=resamples, seed=seed)[
+            "recall"
+        ]
+        wrong, told = change["hallucinated"], change["even_recall"]
+        signs = f"hallucinated {_signed(wrong)}, recall at equal length {_signed(told)}"
+        rules += [
+            (wrong.high < 0 or told.low > 0, f"better in one of the two: {signs}"),
+            _rise("hallucinated share of the statements", wrong, config.max_hallucinated_rise),
+            _fall("recall at equal length", told, config.max_recall_loss),
+            _fall("recall", change["recall"], config.max_whole_recall_loss),
+        ]
+    rules.append(_rise("repeated share of the statements", change["repeated"], config.max_repeated_rise))
+    tokens, base = change["tokens"], max(start["tokens"].value, 1.0)
+    low, high = 1 + tokens.low / base, 1 + tokens.high / base
+    limit = config.max_length_ratio
+    rules += [
+        (
+            1 / limit <= low and high <= limit,
+            f"length times {1 + tokens.value / base:.2f} ({low:.2f} to {high:.2f}); within {limit:g}",
+        ),
+        (
+            ended >= config.min_ended,
+            f"{ended:.1%} of the captions ended; at least {config.min_ended:.1%} must",
+        ),
+    ]
+    reasons = tuple(f"{'ok' if passed else 'REFUSED'}: {text}" for passed, text in rules)
+    return Decision(all(passed for passed, _ in rules), reasons, change)
+
+
+def evenly(before: str, after: str) -> tuple[str, str]:
+    """Two captions of an image, the longer cut behind as many statements as the shorter has."""
+    both = comparable_statements(before), comparable_statements(after)
+    length = min(map(len, both))
+    one, other = (", ".join(said[:length]) for said in both)
+    return one, other
+
+
+def _rise(name: str, change: Interval, margin: float) -> tuple[bool, str]:
+    text = f"{name} {_signed(change)}; a rise of {margin * 100:g} is to be ruled out"
+    return change.high <= margin, text
+
+
+def _fall(name: str, change: Interval, margin: float) -> tuple[bool, str]:
+    text = f"{name} {_signed(change)}; a loss of {margin * 100:g} is to be ruled out"
+    return change.low >= -margin, text
+
+
+def _signed(x: Interval) -> str:
+    """A difference of shares in percentage points with its interval."""
+    return f"{x.value * 100:+.1f} points ({x.low * 100:+.1f} to {x.high * 100:+.1f})"

@@ -1,0 +1,1 @@
+"""Writers: what trainers and loaders read."""

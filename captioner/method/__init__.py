@@ -1,0 +1,1 @@
+"""ATAC: claims, verdicts, golden captions, pairs."""

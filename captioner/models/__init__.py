@@ -1,0 +1,1 @@
+"""Qwen-VL models: load, tune, render, fuse."""

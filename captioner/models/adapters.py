@@ -1,0 +1,457 @@
+"""What trains in a frozen base: adapters, LoRA, named parts. The only door to `adapters` and `peft`.
+
+A *parallel* adapter (He et al. 2021, arXiv 2110.04366) has the form of the block beside it, with ``width``
+inner units: together they are the same function as one wider block, which `fuse.export` writes. A
+*sequential* adapter (Houlsby et al. 2019, arXiv 1902.00751) follows the block, has no such form and cannot
+be exported. LoRA (Hu et al. 2021, arXiv 2106.09685) and its kin are layers of `peft` in the place of linear
+layers of the stock model; nothing is wrapped around it, so positions and caches stay the model's own.
+
+Shapes: N tokens of any leading shape, D width of the tower, r inner units of the adapter.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import types
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import adapters as library
+import peft
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from captioner.config import AdapterTuning, LoraTuning, ModelConfig, Part, PartsTuning
+from captioner.errors import CheckpointError, ConfigError
+from captioner.models import model, soft_prompt
+from captioner.models.model import Captioner, Mlp, SoftEmbedding
+from captioner.runs import atomic_write_json
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter.safetensors"
+KINDS = {"adapters": AdapterTuning, "lora": LoraTuning, "parts": PartsTuning}
+# what `adapters` and `peft` hang into a tower
+_OURS = ("output_adapters.", "shared_parameters.", ".lora_", ".vera_")
+_WHOLE = 1 << 16  # values of a tensor that the fingerprint reads
+
+
+@dataclass(frozen=True)
+class Delta:
+    """The inner units that one feed-forward block gains."""
+
+    block: str  # dotted name of the block in the model
+    mlp: Mlp
+    weights: dict[str, Tensor]  # input name → rows [r, D]; output name → columns [D, r]
+    biases: dict[str, Tensor]  # input name → [r]; output name → [D], added
+
+
+class Inner(nn.Module):
+    """The inner units [N, D] → [N, r] of an adapter: ``act(gate x) * (up x)`` or ``act(fc x)``."""
+
+    def __init__(self, d: int, r: int, names: tuple[str, ...], bias: bool, activation: nn.Module):
+        super().__init__()
+        self.names, self.activation = names, activation
+        for name in names:
+            self.add_module(name, nn.Linear(d, r, bias=bias))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.to(self.get_parameter(f"{self.names[0]}.weight").dtype)
+        gate, *up = (self.get_submodule(name)(x) for name in self.names)
+        inner: Tensor = self.activation(gate)
+        return inner * up[0] if up else inner
+
+
+class Outer(nn.Linear):
+    """[N, r] → [N, D] in the tower's number format; zero at first, so a new adapter changes nothing."""
+
+    def __init__(self, r: int, d: int, bias: bool, dtype: torch.dtype):
+        super().__init__(r, d, bias=bias)
+        self.out_dtype = dtype
+        nn.init.zeros_(self.weight)
+        if bias:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input).to(self.out_dtype)
+
+
+def tune(
+    captioner: Captioner, tuning: AdapterTuning | LoraTuning | PartsTuning, name: str, seed: int = 0
+) -> None:
+    """Hang in what ``tuning`` asks for, let it train and freeze the rest. The function stays as it is.
+
+    What is hung in is float32 where the base is bfloat16. A soft prompt trains or rests as before.
+    Raises ConfigError if the captioner is tuned already (export it: rounds add to the fused model), for a
+    layer that the model lacks, and for parts that are held in 4 bits.
+    """
+    if name_of(captioner) is not None:
+        raise ConfigError(
+            f"The captioner already has the adapter {name_of(captioner)!r}.",
+            where=str(captioner.path),
+            mend="export it and load the exported checkpoint: adapters do not stack",
+        )
+    parts = () if isinstance(tuning, AdapterTuning) else tuning.parts
+    if _quantized(captioner) and set(parts) - {"merger", "head", "embeddings"}:
+        mend = "train only merger, head or embeddings, or set --model.load_in_4bit false"
+        raise ConfigError("Weights held in 4 bits cannot train.", where="sft.tuning.parts", mend=mend)
+    manifest = {
+        "name": name,
+        **tuning.model_dump(mode="json"),
+        "seed": seed,
+        "family": captioner.family.name,
+        "base": fingerprint(captioner),  # now: parts will move
+        "base_path": str(captioner.path),
+    }
+    fully = [parameter for part in parts for parameter in part_parameters(captioner, part)]
+    soft = captioner.model.get_input_embeddings()
+    soft_trains = isinstance(soft, SoftEmbedding) and soft.soft.requires_grad
+    captioner.model.requires_grad_(False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if isinstance(tuning, AdapterTuning):
+            _add_bottlenecks(captioner, tuning, name)
+        elif isinstance(tuning, LoraTuning):
+            _add_lora(captioner, tuning, name, seed)
+    for parameter in fully:
+        parameter.requires_grad = True
+    if isinstance(soft, SoftEmbedding):
+        soft.soft.requires_grad = soft_trains
+    captioner.tuning = manifest
+
+
+def name_of(captioner: Captioner) -> str | None:
+    """The name of what is tuned; None if the captioner is as it was loaded."""
+    return captioner.tuning.get("name")
+
+
+def part_parameters(captioner: Captioner, part: Part) -> list[nn.Parameter]:
+    """The parameters of a named part. With tied embeddings `head` and `embeddings` are the same matrix."""
+    visual, table = captioner.visual, captioner.model.get_input_embeddings().weight
+    if part == "embeddings":
+        return [table]
+    if part == "head":
+        return [captioner.model.get_output_embeddings().weight]
+    if part == "language":
+        soft = getattr(captioner.model.get_input_embeddings(), "soft", None)
+        return [p for p in captioner.language_model.parameters() if p is not table and p is not soft]
+    merger = [p for name in captioner.family.mergers for p in visual.get_submodule(name).parameters()]
+    if part == "merger":
+        return merger
+    inside = {id(p) for p in merger}
+    return [p for p in visual.parameters() if id(p) not in inside]
+
+
+def save(captioner: Captioner, name: str, folder: Path) -> None:
+    """Write what was trained and its settings, which name the base by a hash, into ``folder``.
+
+    Raises ConfigError if there is no such adapter.
+    """
+    settings = describe(captioner, name)
+    state = {key: value.detach().cpu().contiguous() for key, value in _parameters(captioner).items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(state, folder / WEIGHTS_FILE)
+    atomic_write_json(folder / CONFIG_FILE, settings)
+
+
+def load(captioner: Captioner, name: str, folder: Path) -> None:
+    """Hang in what :func:`save` wrote.
+
+    Raises CheckpointError if it is damaged or was trained on another base.
+    """
+    try:
+        settings: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        kind: Any = KINDS[settings["type"]]
+        tuning = kind.model_validate({key: settings[key] for key in kind.model_fields})
+        base, base_path, seed = settings["base"], settings["base_path"], int(settings["seed"])
+        state = load_file(folder / WEIGHTS_FILE)
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+        raise CheckpointError(
+            f"The adapter cannot be read: {error}", where=str(folder), mend="train it again"
+        ) from error
+    if base != fingerprint(captioner):
+        raise CheckpointError(
+            "The adapter was trained on another base.",
+            where=str(folder),
+            mend=f"load the checkpoint it was trained on ({base_path})",
+        )
+    tune(captioner, tuning, name, seed)
+    parameters = _parameters(captioner)
+    if {key: value.shape for key, value in parameters.items()} != {
+        key: value.shape for key, value in state.items()
+    }:
+        raise CheckpointError(
+            "The adapter's tensors do not fit the model.", where=str(folder), mend="train it again"
+        )
+    with torch.no_grad():
+        for key, value in state.items():
+            parameters[key].copy_(value)
+
+
+def describe(captioner: Captioner, name: str) -> dict[str, Any]:
+    """What ``adapter_config.json`` holds. Raises ConfigError if there is no such adapter."""
+    if name_of(captioner) != name:
+        raise ConfigError(f"The captioner has no adapter {name!r}.", where=str(captioner.path))
+    return captioner.tuning
+
+
+def delta(captioner: Captioner, name: str) -> list[Delta]:
+    """The inner units each feed-forward block gains; the plan of `fuse.export`.
+
+    Empty where no adapters but LoRA or parts were trained.
+    Raises ConfigError if there is no such adapter or it is sequential.
+    """
+    if describe(captioner, name).get("placement") == "sequential":
+        raise ConfigError(
+            "A sequential adapter cannot be exported: it is no part of a stock checkpoint.",
+            where=str(captioner.path),
+            mend='train with tuning.placement = "parallel", or caption with the hf engine',
+        )
+    plan = []
+    for block, tower, unit in _units(captioner):
+        mlp = getattr(captioner.family, f"{tower}_mlp")
+        parts = {part: unit.adapter_down.get_submodule(part) for part in mlp.inputs} | {
+            mlp.output: unit.adapter_up
+        }
+        weights = {part: linear.weight.detach() for part, linear in parts.items()}
+        biases = {part: linear.bias.detach() for part, linear in parts.items() if linear.bias is not None}
+        plan.append(Delta(block, mlp, weights, biases))
+    return plan
+
+
+def merged(captioner: Captioner) -> dict[str, Tensor]:
+    """The weights that LoRA layers come to, by their stock names and in their number format.
+
+    The sum is made in at least float32. Raises CheckpointError where a sum is not finite.
+    """
+    found = {}
+    for key, layer in captioner.model.named_modules():
+        if not isinstance(layer, peft.tuners.tuners_utils.BaseTunerLayer):
+            continue
+        base: Any = layer.get_base_layer()
+        kept = base.weight.data
+        base.weight.data = kept.to(torch.promote_types(kept.dtype, torch.float32))
+        try:
+            layer.merge(safe_merge=True)  # replaces the tensor, never writes to it
+            found[f"{key}.weight"] = base.weight.data.to(kept.dtype)
+        except ValueError as error:
+            raise CheckpointError(
+                "The merged weights are not finite.", where=key, mend="train it again"
+            ) from error
+        finally:
+            base.weight.data = kept
+            layer.merged_adapters.clear()
+    return found
+
+
+def unquantized(captioner: Captioner, name: str | None) -> Captioner:
+    """The captioner on its base as it is stored, on the CPU; ``name`` is what was trained on 4 bits."""
+    path = captioner.path
+    settings = ModelConfig(path=str(path), dtype=model.stored_dtype(path), device="cpu")
+    whole = model.load(settings)
+    with TemporaryDirectory() as folder:
+        if name:
+            save(captioner, name, Path(folder))
+            load(whole, name, Path(folder))
+        if captioner.soft_prompt_ids:
+            soft_prompt.save(captioner, Path(folder))
+            soft_prompt.load(whole, Path(folder))
+    whole.views = captioner.views
+    return whole
+
+
+def fingerprint(captioner: Captioner) -> str:
+    """A hash of the base's weights (adapters and soft prompt left out), the same in every number format.
+
+    Large tensors are sampled: any training moves what is read.
+    """
+    if _quantized(captioner):
+        captioner = unquantized(captioner, None)
+    digest = hashlib.sha256()
+    for key, value in sorted(base_state(captioner).items()):
+        flat = value.detach().flatten()
+        sample = flat[:: -(-len(flat) // _WHOLE)].to("cpu", torch.bfloat16).contiguous()
+        digest.update(f"{key} {tuple(value.shape)} ".encode())
+        digest.update(sample.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def base_state(captioner: Captioner) -> dict[str, Tensor]:
+    """The state dict of the model without what was hung in and the soft prompt: the stock model's keys."""
+    return {
+        key.replace(".base_layer.", "."): value
+        for key, value in captioner.model.state_dict().items()
+        if not key.endswith(".soft") and not any(part in key for part in _OURS)
+    }
+
+
+def _quantized(captioner: Captioner) -> bool:
+    return bool(getattr(captioner.model, "is_loaded_in_4bit", False))
+
+
+# ── how it hangs in the model ────────────────────────────────────────────────────────────────────────────
+
+
+def _add_bottlenecks(captioner: Captioner, tuning: AdapterTuning, name: str) -> None:
+    """The up-projections start at zero."""
+    sizes = {
+        "vision": (tuning.vision_width, tuning.vision_layers),
+        "language": (tuning.language_width, tuning.language_layers),
+    }
+    for tower, (width, numbers) in sizes.items():
+        if width:
+            _add_to_tower(captioner, tower, name, width, numbers, tuning.placement == "parallel")
+    captioner.model.gradient_checkpointing_enable = types.MethodType(_checkpointing, captioner.model)
+
+
+def _add_to_tower(
+    captioner: Captioner, tower: str, name: str, width: int, numbers: Sequence[int] | None, parallel: bool
+) -> None:
+    family, layers = captioner.family, captioner.layers[tower]
+    picked = _picked(numbers, len(layers), tower)
+    model = captioner.visual if tower == "vision" else captioner.language_model
+    mlp: Mlp = getattr(family, f"{tower}_mlp")
+    _prepare(model, family.vision_layers if tower == "vision" else family.language_layers, family.mlp)
+    settings: dict[str, Any] = dict(mh_adapter=False, output_adapter=True, non_linearity="relu", scaling=1.0)
+    settings["reduction_factor"] = model.config.hidden_size / width  # the units are replaced below
+    settings["leave_out"] = [number for number in range(len(layers)) if number not in picked]
+    config = library.ParBnConfig(**settings) if parallel else library.BnConfig(**settings)
+    model.add_adapter(name, config=config)
+    for number in picked:
+        block = layers[number].get_submodule(family.mlp)
+        example: Any = block.get_submodule(mlp.output)  # inner → D
+        d, device = example.out_features, example.weight.device
+        names = mlp.inputs if parallel else mlp.inputs[:1]
+        unit: Any = layers[number].get_submodule(f"output_adapters.adapters.{name}")
+        unit.adapter_down = Inner(d, width, names, mlp.bias, getattr(block, mlp.activation))
+        unit.adapter_up = Outer(width, d, mlp.bias, captioner.model.dtype)
+        precise = torch.promote_types(captioner.model.dtype, torch.float32)
+        unit.to(device, precise).requires_grad_(True)
+    model.adapters_config.active_setup = library.composition.Stack(name)
+
+
+def _picked(numbers: Sequence[int] | None, count: int, tower: str) -> list[int]:
+    """Layer numbers from 0, of numbers that may count from the end."""
+    if numbers is None:
+        return list(range(count))
+    if wrong := [number for number in numbers if not -count <= number < count]:
+        raise ConfigError(
+            f"There is no {tower} layer {wrong[0]}: the model has {count}.",
+            where=f"tuning.{tower}_layers",
+            mend=f"name layers from 0 to {count - 1}, or from -1 to -{count} counted from the end",
+        )
+    return sorted({number % count for number in numbers})
+
+
+def _add_lora(captioner: Captioner, tuning: LoraTuning, name: str, seed: int) -> None:
+    """LoRA layers in the place of the targets' linear layers; B (VeRA: its vector b) starts at zero."""
+    family = captioner.family
+    places = {
+        "language": [f"{family.language_model}.{family.language_layers}"],
+        "vision": [f"{family.visual}.{family.vision_layers}"],
+        "merger": [f"{family.visual}.{merger}" for merger in family.mergers],
+    }
+    roots = tuple(f"{place}." for target in tuning.targets for place in places[target])
+    names = [
+        key
+        for key, layer in captioner.model.named_modules()
+        if isinstance(layer, nn.Linear) and key.startswith(roots)
+    ]
+    config: peft.PeftConfig
+    if tuning.method == "vera":
+        with warnings.catch_warnings(action="ignore"):  # that the matrices are made again from the seed
+            config = peft.VeraConfig(
+                r=tuning.rank,
+                target_modules=names,
+                vera_dropout=tuning.dropout,
+                projection_prng_key=seed,
+                save_projection=False,
+            )
+    else:
+        config = peft.LoraConfig(
+            r=tuning.rank,
+            lora_alpha=tuning.alpha,
+            target_modules=names,
+            lora_dropout=tuning.dropout,
+            use_rslora=tuning.rank_stabilized,
+            use_dora=tuning.method == "dora",
+        )
+    wrapped = peft.get_peft_model(captioner.model, config, adapter_name=name)  # changes the model in place
+    if tuning.method == "vera":  # its random matrices are float32, and a product has one number format
+        for projection in (wrapped.base_model.vera_A, wrapped.base_model.vera_B):
+            projection.to(torch.promote_types(captioner.model.dtype, torch.float32))
+    captioner.model.train(captioner.model.training)
+
+
+def _prepare(model: PreTrainedModel, layers: str, mlp: str) -> None:
+    """Let `adapters` patch a tower: a hook keeps what the feed-forward block sees, one adds to its output.
+
+    ``base_model=""`` makes the tower its own base; attention is left alone.
+    """
+    if isinstance(model, library.ModelAdaptersMixin):
+        return
+    interface = library.AdapterModelInterface(
+        adapter_methods=["bottleneck"],
+        model_embeddings=next(name for name in ("embed_tokens", "patch_embed") if hasattr(model, name)),
+        model_layers=layers,
+        layer_self_attn=None,
+        layer_cross_attn=None,
+        attn_qkv_proj="",
+        attn_o_proj=None,
+        layer_intermediate_proj=mlp,
+        layer_output_proj=mlp,
+        layer_pre_ffn=mlp,
+        base_model="",
+    )
+    library.init(model, interface=interface)
+    # The library reads row lengths from a 2-D mask; ours may have four dimensions, and bottlenecks need none.
+    model.forward_context = types.MethodType(_forward_context, model)
+
+
+def _forward_context(self: Any, context: Any, *args: Any, **kwargs: Any) -> None:
+    type(self).forward_context(self, context)
+
+
+def _checkpointing(self: Any, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+    """As in transformers, and hooks find the library's context when a layer is run again."""
+    settings = (gradient_checkpointing_kwargs or {}) | {"use_reentrant": False}
+    type(self).gradient_checkpointing_enable(self, settings)
+
+    def run(layer: Any, *args: Any) -> Any:
+        context = library.ForwardContext.get_context()
+        contexts = (nullcontext(), context or nullcontext())
+        return checkpoint(layer, *args, context_fn=lambda: contexts, **settings)
+
+    for module in self.modules():
+        if hasattr(module, "_gradient_checkpointing_func"):
+            module._gradient_checkpointing_func = run
+
+
+def _units(captioner: Captioner) -> Iterator[tuple[str, str, Any]]:
+    """Every adapter unit: (name of the block in the model, tower, unit)."""
+    for tower, layers in captioner.layers.items():
+        for block, layer in zip(captioner.blocks[tower], layers, strict=True):
+            hung = getattr(layer, "output_adapters", None)
+            for unit in hung.adapters.values() if hung is not None else ():
+                yield block, tower, unit
+
+
+def _parameters(captioner: Captioner) -> dict[str, nn.Parameter]:
+    """What trains beside the soft prompt; no name depends on the adapter's or on how units are nested."""
+    if captioner.tuning["type"] == "adapters":
+        units = {block: unit for block, _, unit in _units(captioner)}
+        return {f"{block}.{key}": p for block, unit in units.items() for key, p in unit.named_parameters()}
+    own = captioner.tuning["name"]
+    return {
+        ".".join(part for part in key.split(".") if part != own): p
+        for key, p in captioner.model.named_parameters()
+        if p.requires_grad and not key.endswith(".soft")
+    }

@@ -1,0 +1,247 @@
+"""Hands shards to workers, collects their rows, publishes whole shards, and brings dead workers back.
+
+A worker that dies loses nothing but what it had in hand: the rows that it sent are kept, the rest of its
+shards is tried one image at a time, and an image at which workers died ``attempts`` times becomes a row with
+that error. Where workers run is the business of the :class:`Pool`: processes here, or actors of a cluster.
+
+Events of a worker: ``("ready",)``, ``("rows", shard, [(number, row)])``, ``("read", shard)`` (send another),
+``("end", shard, count)``, ``("trying", shard, number, key)``, ``("stopped", shard)`` (after so many tries),
+``("unreadable", shard, reason)``, ``("refused", what, where, mend)``, ``("broken", traceback)``; and of its
+pool ``("died", reason)``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from captioner.errors import RunError, UserError
+from captioner.pipeline.output import Output
+from captioner.pipeline.watch import Watch
+from captioner.pipeline.worker import FLUSH, Settings, Task, ahead, failed_row
+from captioner.records import CaptionRow
+from captioner.sources.source import ShardRef
+
+STARTS = 3  # times that a worker may die before it is ready
+DEATHS = 20  # workers that may die one after the other without a caption in between
+UNREAD = 2  # shards that a worker is handed ahead
+POLL = 0.2  # seconds
+
+
+class Pool(Protocol):
+    """Where workers run."""
+
+    def start(self, worker: int) -> None: ...
+    def send(self, worker: int, message: Any) -> None: ...
+    def poll(self, seconds: float) -> list[tuple[int, tuple[Any, ...]]]: ...
+    def kill(self, worker: int) -> None: ...
+    def close(self) -> None: ...
+
+
+@dataclass
+class _Shard:
+    """A shard underway: its rows so far, in any order."""
+
+    ref: ShardRef
+    rows: dict[int, CaptionRow] = field(default_factory=dict)
+    count: int | None = None  # its images, once it was read to its end
+    trying: tuple[int, str] | None = None  # number and key of the image that is tried alone
+    strikes: Counter[int] = field(default_factory=Counter)  # number -> workers that died at it; -1: reading
+
+
+@dataclass
+class _Worker:
+    ready: bool = False
+    shards: dict[int, _Shard] = field(default_factory=dict)
+    unread: int = 0
+    streaming: bool = False  # it waits for further shards
+    alone: bool = False  # it tries the images of a shard one by one
+    starts: int = 0
+    heard: float = 0.0
+    why: str = ""  # the last exception of it
+
+
+class Coordinator:
+    """Runs a job on a pool; ``lost`` lists the shards that could not be read, with the reason."""
+
+    def __init__(
+        self,
+        pool: Pool,
+        workers: int,
+        shards: Iterator[ShardRef],
+        settings: Settings,
+        output: Output,
+        watch: Watch,
+    ):
+        self.pool, self.settings, self.output, self.watch = pool, settings, output, watch
+        self.limits = settings.config.caption
+        self.workers = {number: _Worker() for number in range(workers)}
+        self.fresh = shards
+        self.again: deque[_Shard] = deque()  # to be tried image by image
+        self.back: deque[_Shard] = deque()  # to go on as usual
+        self.lost: list[tuple[str, str]] = []
+        self._deaths = 0  # since the last caption
+        self._singly = 4 * ahead(settings.config)  # more than any engine has in hand
+        self._next: _Shard | None = None
+        self._advance()
+
+    def run(self) -> None:
+        """Until every shard is published or lost. Raises what a worker refuses, RunError if none starts."""
+        try:
+            for number in self.workers:
+                self._start(number)
+            while self._next or self.again or any(worker.shards for worker in self.workers.values()):
+                self._hand_out()
+                for number, event in self.pool.poll(POLL):
+                    self._handle(number, event)
+                self._kill_stalled()
+                self.watch.tick()
+        finally:
+            self.pool.close()
+
+    # ---- giving
+
+    def _advance(self) -> None:
+        if self.back:
+            self._next = self.back.popleft()
+        else:
+            self._next = next((_Shard(ref) for ref in self.fresh if ref.index not in self.output.done), None)
+
+    def _start(self, number: int) -> None:
+        self.workers[number] = _Worker(starts=self.workers[number].starts, heard=time.monotonic())
+        self.pool.start(number)
+
+    def _hand_out(self) -> None:
+        for number, worker in self.workers.items():
+            if not worker.ready or worker.alone:
+                continue
+            if self.again and not worker.shards:
+                if worker.streaming:
+                    self.pool.send(number, FLUSH)
+                worker.alone, worker.streaming = True, False
+                self._give(number, self.again.popleft(), self._singly)
+                continue
+            while self._next and worker.unread < UNREAD:
+                shard = self._next
+                self._next = None
+                self._advance()
+                worker.streaming = True
+                self._give(number, shard)
+            if not self._next and worker.streaming:
+                worker.streaming = False
+                self.pool.send(number, FLUSH)
+
+    def _give(self, number: int, shard: _Shard, singly: int = 0) -> None:
+        worker = self.workers[number]
+        if not worker.shards:
+            worker.heard = time.monotonic()
+        worker.shards[shard.ref.index] = shard
+        worker.unread += 1
+        self.pool.send(number, Task(shard.ref, frozenset(shard.rows), singly))
+
+    # ---- taking
+
+    def _handle(self, number: int, event: tuple[Any, ...]) -> None:
+        worker, kind = self.workers[number], event[0]
+        worker.heard = time.monotonic()
+        if kind == "ready":
+            worker.ready, worker.starts = True, 0
+            self.watch.worker(number, "ready")
+        elif kind == "refused":
+            raise UserError(event[1], where=event[2], mend=event[3])
+        elif kind == "broken":
+            worker.why = event[1].strip().splitlines()[-1]
+            self.watch.say(f"worker {number} failed:\n{event[1]}")
+        elif kind == "died":
+            self._died(number, worker.why or event[1])
+        elif kind == "read":
+            worker.unread -= 1
+        elif (shard := worker.shards.get(event[1])) is not None:  # None: it was left out meanwhile
+            self._take(number, shard, event)
+
+    def _take(self, number: int, shard: _Shard, event: tuple[Any, ...]) -> None:
+        """What a worker says of a shard."""
+        worker, kind = self.workers[number], event[0]
+        if kind == "rows":
+            new = [(n, row) for n, row in event[2] if n not in shard.rows]
+            shard.rows.update(new)
+            if any(row.error is None for _, row in new):
+                self._deaths = 0
+            self.watch.rows(number, [row for _, row in new])
+        elif kind == "trying":
+            shard.trying = event[2], event[3]
+        elif kind == "end":
+            shard.count = event[2]
+        elif kind == "stopped":  # nothing died: the rest may come as usual
+            self._leave(worker, shard)
+            self._go_on(shard)
+        elif kind == "unreadable":
+            self._leave(worker, shard)
+            self._lose(shard, event[2])
+        if shard.count is not None and len(shard.rows) == shard.count:
+            self._leave(worker, shard)
+            self.output.publish(shard.ref.index, [shard.rows[n] for n in range(shard.count)])
+
+    def _go_on(self, shard: _Shard) -> None:
+        self.back.append(shard)
+        if self._next is None:
+            self._advance()
+
+    def _leave(self, worker: _Worker, shard: _Shard) -> None:
+        if worker.shards.pop(shard.ref.index, None) is not None and worker.alone:
+            worker.alone, worker.unread = False, 0
+
+    def _lose(self, shard: _Shard, reason: str) -> None:
+        self.lost.append((shard.ref.name, reason))
+        self.watch.say(f"shard {shard.ref.name} is left out: {reason}")
+
+    # ---- deaths
+
+    def _died(self, number: int, reason: str) -> None:
+        worker = self.workers[number]
+        self.watch.worker(number, "died")
+        self.watch.say(f"worker {number} died ({reason}); it is started anew")
+        self._deaths += 1
+        if self._deaths >= DEATHS:
+            mend = "see their messages above; the same command goes on where the job stopped"
+            raise RunError(f"{DEATHS} workers died, and no caption came: {reason}", mend=mend)
+        if not worker.ready:
+            worker.starts += 1
+            if worker.starts >= STARTS:
+                raise RunError(
+                    f"a worker died {STARTS} times before it was ready: {reason}",
+                    mend="see its messages above; try one image with --estimate 1",
+                )
+        for shard in worker.shards.values():
+            if worker.alone:
+                self._strike(shard, reason)
+            else:
+                self.again.append(shard)
+        self._start(number)
+
+    def _strike(self, shard: _Shard, reason: str) -> None:
+        """A worker died that tried images of this shard alone: at the one it tried, or reading the next."""
+        number, key = shard.trying or (-1, "")
+        if number in shard.rows:
+            number = -1
+        shard.strikes[number] += 1
+        shard.trying = None
+        if shard.strikes[number] < self.limits.attempts:
+            self.again.append(shard)
+        elif number < 0:
+            self._lose(shard, f"{self.limits.attempts} workers died while they read it: {reason}")
+        else:
+            error = f"{self.limits.attempts} workers died at this image: {reason}"
+            shard.rows[number] = failed_row(self.settings, key, error)
+            self.watch.rows(None, [shard.rows[number]])
+            self._go_on(shard)
+
+    def _kill_stalled(self) -> None:
+        for number, worker in self.workers.items():
+            if worker.ready and worker.shards and time.monotonic() - worker.heard > self.limits.stall:
+                worker.why = f"nothing heard from it for {self.limits.stall:.0f} s"
+                worker.heard = time.monotonic()
+                self.pool.kill(number)

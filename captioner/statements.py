@@ -1,0 +1,85 @@
+"""The one language of captions: split a caption into statements and compare statements. Pure text."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+# A quotation opens where no word stands before it, so 12" and dogs' open none, and closes on the same line.
+_QUOTED = r"""(?<!\w)"[^"\n]*"|“[^”\n]*”|(?<!\w)'[^'\n]*'(?!\w)"""
+_BRACKETED = r"\([^()\n]*\)|\[[^\[\]\n]*\]"
+_ABBREVIATIONS = ("st", "mr", "mrs", "ms", "dr", "vs", "e.g", "i.e", "etc", "approx", "ca")
+_ABBREVIATED = rf"\b(?:{'|'.join(map(re.escape, _ABBREVIATIONS))}|[a-z])\.(?=\s)"
+_SPLIT = re.compile(
+    rf"(?P<protected>{_QUOTED}|{_BRACKETED}|\d[.,]\d|{_ABBREVIATED})|(?P<end>[.!?]+(?=\s|$)|[,;\n，、；。！？])",
+    re.IGNORECASE,
+)
+_BULLET = re.compile(r"^[ \t]*(?:[-*•]|\d+[.)])[ \t]+", re.MULTILINE)
+_QUOTED_OR_ARTICLE = re.compile(rf"(?P<quoted>{_QUOTED})|^(?:[aA]n?|[tT]he)\s+(?=\w)|\b(?:an?|the)\s+(?=\w)")
+EDGES = " \t\r\n.,;:!?-–—"
+
+# Opinion, intention, mood, and what is known about a picture rather than seen in it.
+_UNCHECKABLE = re.compile(
+    r"\b(?:beautiful(?:ly)?|stunning|gorgeous|lovely|amazing|breathtaking|impressive|masterpiece|"
+    r"award[- ]winning|(?:high|best|top)[- ]quality|trending|famous|well[- ]known|expensive|delicious|"
+    r"cozy|serene|peaceful|nostalgic|"
+    r"mood|atmosphere|ambiance|vibe|feeling|evok\w+|convey\w*|symboli[sz]\w+|suggest\w*|represent(?:s|ing)|"
+    r"probably|perhaps|possibly|presumably|might be|may be|seems?|seemingly|appears to|"
+    r"(?:taken|shot|captured|photographed|painted|made|created) (?:in|on|by|with|at|during)|"
+    r"photo(?:graph)? by|copyright|photographer|camera model|iso \d+|f/\d)",
+    re.IGNORECASE,
+)
+
+
+def visible(statement: str) -> bool:
+    """Whether its words allow that it can be seen: opinions and origins cannot, quoted words can."""
+    return not _UNCHECKABLE.search(re.sub(_QUOTED, " ", statement))
+
+
+def split_statements(caption: str) -> list[str]:
+    """Statements of a caption in order, without the punctuation around them.
+
+    Commas, semicolons, line breaks and sentence ends separate; those in quotations, brackets, numbers ("3.5",
+    "1,000") and after abbreviations do not. A quotation mark or bracket that never closes protects nothing.
+    """
+    caption = _BULLET.sub("", caption)
+    parts = (caption[start:stop] for start, stop, _ in statement_spans(caption))
+    return [" ".join(part.split()).strip(EDGES) for part in parts]
+
+
+def statement_spans(caption: str) -> list[tuple[int, int, int]]:
+    """(start, stop, end) of every statement: without the space around it; up to ``end`` with the mark that
+    ends its sentence, if one does."""
+    found, start = [], 0
+    ends = [(match.start(), match.end()) for match in _SPLIT.finditer(caption) if match["end"]]
+    for stop, after in [*ends, (len(caption), len(caption))]:
+        text = caption[start:stop]
+        if any(map(str.isalnum, text)):
+            begin, end = start + len(text) - len(text.lstrip()), start + len(text.rstrip())
+            ends_sentence = caption[stop:after].strip(",;\n，、；")
+            found.append((begin, end, after if ends_sentence else end))
+        start = after
+    return found
+
+
+def is_one_statement(text: str) -> bool:
+    """Whether a text stays one statement among others: nothing in it separates, all that opens closes."""
+    opened = re.search(r"""[(\[“]|(?<!\w)["']""", re.sub(f"{_QUOTED}|{_BRACKETED}", " ", text))
+    parts = [normalise(part) for part in split_statements(f"x, {text}, y")]
+    return opened is None and parts == ["x", normalise(text), "y"]
+
+
+def normalise(statement: str) -> str:
+    """The form in which near-duplicates are equal: no case, hyphens, articles, edge punctuation, extra space.
+
+    Articles inside quotations and at the end ("letter A") are words, not articles, and stay.
+    """
+    text = unicodedata.normalize("NFKC", statement)
+    text = " ".join(text.split()).strip(EDGES)
+    text = _QUOTED_OR_ARTICLE.sub(lambda match: match["quoted"] or "", text)
+    return " ".join(text.casefold().replace("-", " ").split())
+
+
+def comparable_statements(caption: str) -> list[str]:
+    """The statements of a caption, each in the form in which near-duplicates are equal."""
+    return [normalise(statement) for statement in split_statements(caption)]
