@@ -1,9 +1,12 @@
-"""captioner iterate --round N | --rounds A-B [--gpus N]: whole rounds of self-correction.
+"""captioner iterate --round N | --rounds A-B [--accept-unjudged] [--gpus N]: whole rounds of self-correction.
 
 A round is qa, golden, dpo, an evaluation on the gate's images and the gate. What is done already is skipped,
 so the same command continues a killed round. A round that the gate refuses, or an alarm stops, keeps its
 files and its captioner is not used. The command stops there: with exit code 3, but 0 where it has promoted a
 round before, which then is the best.
+
+Where no judge can tell whether the captions of ``gate.data`` are true, the gate refuses.
+``--accept-unjudged`` promotes such a round on the user's word; gate.json and the report say so.
 """
 
 from __future__ import annotations
@@ -23,6 +26,11 @@ from loops import dpo, evaluate, golden, qa
 STEPS: tuple[ModuleType, ...] = (qa, golden, dpo)
 
 
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    help_unjudged = "promote rounds of which no judge can tell whether their captions are true"
+    parser.add_argument("--accept-unjudged", action="store_true", help=help_unjudged)
+
+
 def run(config: Config, args: argparse.Namespace) -> int:
     """Raises RunError where the round before is missing, Refused where the first round of them is refused."""
     run = Run.open(args.run_dir, config, create=False)
@@ -30,7 +38,7 @@ def run(config: Config, args: argparse.Namespace) -> int:
     promoted: list[int] = []
     for number in rounds:
         try:
-            run_round(run, number, args)
+            run_round(run, number, args, accept_unjudged=args.accept_unjudged)
         except Refused as refusal:
             if not promoted:
                 raise
@@ -41,7 +49,7 @@ def run(config: Config, args: argparse.Namespace) -> int:
     return 0
 
 
-def run_round(run: Run, number: int, args: argparse.Namespace) -> None:
+def run_round(run: Run, number: int, args: argparse.Namespace, *, accept_unjudged: bool = False) -> None:
     """One round, each step from where it stands, and its gate."""
     earlier = run.path / f"round-{number - 1}" / "gate.json"
     if number > 1 and not earlier.is_file():
@@ -57,10 +65,23 @@ def run_round(run: Run, number: int, args: argparse.Namespace) -> None:
             raise Refused(
                 f"{step.__name__} of round {number} was refused", where=str(run.path / f"round-{number}")
             )
+    gate(run, number, accept_unjudged=accept_unjudged)
+
+
+def gate(run: Run, number: int, *, accept_unjudged: bool = False) -> None:
+    """Compare the captioner of a round with its start; write gate.json. Raises Refused if it may not stay."""
     summary, (before, after) = evaluate.evaluate_round(run, number)
     resamples, seed = run.config.evaluate.bootstrap, run.config.seed
     even = evaluate.evenly(run, summary)
-    decision = metrics.gate(before, after, run.config.gate, even=even, resamples=resamples, seed=seed)
+    decision = metrics.gate(
+        before,
+        after,
+        run.config.gate,
+        even=even,
+        accept_unjudged=accept_unjudged,
+        resamples=resamples,
+        seed=seed,
+    )
     _record(run, number, summary, decision)
     evaluate.print_table(summary)
     print("\n".join(f"  {reason}" for reason in decision.reasons))
@@ -69,10 +90,21 @@ def run_round(run: Run, number: int, args: argparse.Namespace) -> None:
         raise Refused(
             f"the gate refused round {number}: {'; '.join(why)}",
             where=str(run.path / f"round-{number}" / "gate.json"),
-            mend=f"the captioner stays {summary['captioners'][0]['checkpoint']}; more images, other "
-            f"thresholds or a gentler dpo section with --redo may mend the round",
+            mend=_mend(number, decision, summary["captioners"][0]["checkpoint"]),
         )
-    print(f"round {number} is promoted: {run.captioner_dir(number)}")
+    word = " unjudged" if decision.unjudged else ""
+    print(f"round {number} is promoted{word}: {run.captioner_dir(number)}")
+
+
+def _mend(number: int, decision: Decision, start: str) -> str:
+    stays = f"the captioner stays {start}"
+    if decision.unjudged:
+        return (
+            f"{stays}; images with known facts in gate.data would decide (a column `facts` in the folder's "
+            f"metadata), or look at captions of both in `captioner report` and take the round on your own "
+            f"word: captioner iterate --round {number} --accept-unjudged"
+        )
+    return f"{stays}; more images, other thresholds or a gentler dpo section with --redo may mend the round"
 
 
 def _record(run: Run, number: int, summary: dict[str, Any], decision: Decision) -> None:
@@ -80,6 +112,7 @@ def _record(run: Run, number: int, summary: dict[str, Any], decision: Decision) 
     gate = {
         "round": number,
         "promoted": decision.promoted,
+        "unjudged": decision.unjudged,
         "reasons": list(decision.reasons),
         "start": start["checkpoint"],
         "captioner": made["checkpoint"],

@@ -100,6 +100,7 @@ def arguments(run: Run, **values: Any) -> argparse.Namespace:
         "dry_run": False,
         "checkpoint": [],
         "questions": None,
+        "accept_unjudged": False,
     }
     return argparse.Namespace(**common | values)
 

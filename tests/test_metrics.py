@@ -249,8 +249,33 @@ def test_recall_at_equal_length_is_not_earned_by_talking() -> None:
     assert whole.value > 0.3 and abs(equal.value) < 0.1
 
 
-def test_gate_without_facts_watches_repetition_and_endings() -> None:
+def test_gate_without_facts_refuses_and_on_the_users_word_watches_repetition() -> None:
     good = counts(["a cat, a dog"] * 10, drop_facts=True)
-    assert metrics.gate(good, good, GateConfig()).promoted
+    refused = metrics.gate(good, good, GateConfig())
+    assert (refused.promoted, refused.unjudged) == (False, True)
+    assert any("10 of 10 images have no known facts" in reason for reason in refused.reasons)
+    assert metrics.gate(good, good, GateConfig(), accept_unjudged=True).promoted
     loops = counts(["a cat, a cat, a cat"] * 10, drop_facts=True)
-    assert not metrics.gate(good, loops, GateConfig()).promoted
+    assert not metrics.gate(good, loops, GateConfig(), accept_unjudged=True).promoted
+    mixed = [*counts(ORACLE[:9]), *counts(ORACLE, drop_facts=True)[9:10]]
+    assert not metrics.gate(mixed, mixed, GateConfig()).promoted
+
+
+def test_completeness_wins_by_f1() -> None:
+    """Twice as much said with the same share of false statements: nothing is less false, and it is better."""
+    both = [(scenes.statements(s), false_statements(s)) for s in SCENES]
+    half = [", ".join([*facts[::2], false[0]]) for facts, false in both]
+    more = [", ".join([*facts, *false[:2]]) for facts, false in both]
+    config = GateConfig(max_hallucinated_rise=0.05, max_length_ratio=3.0)
+    decision = metrics.gate(counts(half), counts(more), config)
+    assert decision.difference["f1"].low > 0 and decision.difference["hallucinated"].high > 0
+    assert decision.promoted
+
+
+def test_more_said_does_not_win_where_more_of_it_is_false() -> None:
+    half = [", ".join(scenes.statements(s)[::2]) for s in SCENES]
+    more = [", ".join([*scenes.statements(s), *false_statements(s)[:1]]) for s in SCENES]
+    decision = metrics.gate(counts(half), counts(more), GateConfig())
+    assert decision.difference["f1"].low > 0
+    assert not decision.promoted
+    assert any(line.startswith("REFUSED: hallucinated") for line in decision.reasons)

@@ -49,6 +49,7 @@ METRICS = (
     "tokens",
 )
 NEED_FACTS = frozenset(METRICS[:6])
+UNJUDGED_ACCEPTED = "no judge told whether the captions are true: accepted unjudged by the user"
 HIGHER_IS_BETTER = frozenset({"precision", "recall", "f1", "parsed", "ended"})
 
 
@@ -94,6 +95,7 @@ class Decision:
     promoted: bool
     reasons: tuple[str, ...]
     difference: Mapping[str, Interval]
+    unjudged: bool = False  # nothing could tell whether the captions are true
 
 
 def count(
@@ -262,22 +264,26 @@ def gate(
     config: GateConfig,
     *,
     even: tuple[Sequence[Counts], Sequence[Counts]] | None = None,
+    accept_unjudged: bool = False,
     resamples: int = 2000,
     seed: int = 0,
 ) -> Decision:
     """Whether a round's captioner replaces the one it started from: it does one thing better and no harm.
 
-    All tests are paired over images, by the 95 % interval of after - before. *Better* (superiority): the
-    share of hallucinated statements falls or recall at equal length rises, and the interval excludes 0. *No
-    harm* (non-inferiority: the interval excludes a loss above the margin, so few images or a loss within
-    chance do not pass as none): hallucinated share, recall at equal length, recall of the whole captions,
-    share of repeated statements, mean length as a ratio. And at least ``min_ended`` of the new captions ended
-    by themselves, the share itself: it is a demand on the captioner, not a comparison.
+    All tests are paired over images, by the 95 % interval of after - before. *Better* (superiority): F1 rises
+    or the share of hallucinated statements falls, and the interval excludes 0. *No harm* (non-inferiority:
+    the interval excludes a loss above the margin, so few images or a loss within chance do not pass as none):
+    hallucinated share, recall at equal length, recall of the whole captions, share of repeated statements,
+    mean length as a ratio. And at least ``min_ended`` of the new captions ended by themselves, the share
+    itself: it is a demand on the captioner, not a comparison.
 
     ``even`` are the counts of both with the longer caption of each image cut to the statements of the shorter
     (:func:`evenly`): what is said first is to be as complete, however much is said. An undefined difference
-    (nothing parsed) never passes. Images without known facts leave endings, repetition and length, of which
-    none needs to become better.
+    (nothing parsed) never passes.
+
+    Where an image has no known facts, nothing here can tell a better captioner from one that makes things up:
+    the round is refused. ``accept_unjudged`` takes it on the user's word, if repetition, length and endings
+    are as good as before.
     """
     change = dict(difference(before, after, resamples=resamples, seed=seed))
     start = evaluate(before, resamples=100, seed=seed)
@@ -288,14 +294,16 @@ def gate(
         change["even_recall"] = difference(*(even or (before, after)), resamples=resamples, seed=seed)[
             "recall"
         ]
-        wrong, told = change["hallucinated"], change["even_recall"]
-        signs = f"hallucinated {_signed(wrong)}, recall at equal length {_signed(told)}"
+        wrong, told, whole = change["hallucinated"], change["even_recall"], change["f1"]
+        signs = f"F1 {_signed(whole)}, hallucinated {_signed(wrong)}"
         rules += [
-            (wrong.high < 0 or told.low > 0, f"better in one of the two: {signs}"),
+            (whole.low > 0 or wrong.high < 0, f"better in one of the two: {signs}"),
             _rise("hallucinated share of the statements", wrong, config.max_hallucinated_rise),
             _fall("recall at equal length", told, config.max_recall_loss),
             _fall("recall", change["recall"], config.max_whole_recall_loss),
         ]
+    else:
+        rules.append((accept_unjudged, UNJUDGED_ACCEPTED if accept_unjudged else _unjudged(after)))
     rules.append(_rise("repeated share of the statements", change["repeated"], config.max_repeated_rise))
     tokens, base = change["tokens"], max(start["tokens"].value, 1.0)
     low, high = 1 + tokens.low / base, 1 + tokens.high / base
@@ -311,7 +319,13 @@ def gate(
         ),
     ]
     reasons = tuple(f"{'ok' if passed else 'REFUSED'}: {text}" for passed, text in rules)
-    return Decision(all(passed for passed, _ in rules), reasons, change)
+    return Decision(all(passed for passed, _ in rules), reasons, change, unjudged=not judged)
+
+
+def _unjudged(rows: Sequence[Counts]) -> str:
+    unknown = sum(not row.judged for row in rows)
+    images = f"{unknown} of {len(rows)} images have no known facts"
+    return f"no judge can tell whether the captions are true: {images}"
 
 
 def evenly(before: str, after: str) -> tuple[str, str]:

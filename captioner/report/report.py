@@ -167,6 +167,7 @@ def _round(one: RoundReport) -> str:
     parts = [f"<section><h2>Round {one.number}</h2>"]
     if one.gate:
         word = "promoted" if one.gate["promoted"] else "refused"
+        word += " unjudged" if one.gate["promoted"] and one.gate.get("unjudged") else ""
         reasons = "".join(f"<li>{escape(str(r))}</li>" for r in one.gate["reasons"])
         parts.append(f"<h3>Gate: {word}</h3><ul>{reasons}</ul>")
     if one.verifier:

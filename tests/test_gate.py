@@ -1,0 +1,108 @@
+"""The gate on real photographs, from the files over an engine on HTTP to gate.json and the report."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from captioner.config import Config
+from captioner.errors import Refused
+from captioner.runs import Run
+from loops import cli, iterate, report
+from tests import photographs, tiny
+from tests.http_stand_in import Vllm
+
+KNOWN = photographs.read()
+Setting = Callable[..., tuple[Run, Vllm]]
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    home = tmp_path_factory.mktemp("checkpoints")
+    for seed, name in enumerate(("start", "made", "verifier")):
+        tiny.tiny_checkpoint(home / name, seed=seed)
+    return {path.name: path for path in sorted(home.iterdir())}
+
+
+@pytest.fixture
+def setting(tmp_path: Path, checkpoints: dict[str, Path]) -> Iterator[Setting]:
+    """A run at its gate: the captioner of round 1 beside the one it started from, on photographs."""
+    servers: list[Vllm] = []
+
+    def make(before: Callable[[str], list[str]], after: Callable[[str], list[str]]) -> tuple[Run, Vllm]:
+        images = photographs.copy(tmp_path / "photographs")
+        say = {"start": before, "made": after}
+        servers.append(Vllm(checkpoints, images, lambda name, key: ", ".join(say[name](key))))
+        run_dir = tmp_path / "run"
+        config = Config.model_validate(
+            {
+                "model": {"path": str(checkpoints["start"]), "device": "cpu"},
+                "engine": {"type": "server", "urls": [servers[-1].url], "retries": 0},
+                "gate": {"data": str(tmp_path / "photographs")},
+                "evaluate": {"bootstrap": 500, "max_tokens": 400},
+            }
+        )
+        run = Run.open(run_dir, config)
+        shutil.copytree(checkpoints["start"], run.captioner_dir(0))
+        shutil.copytree(checkpoints["made"], run.captioner_dir(1))
+        return run, servers[-1]
+
+    yield make
+    for server in servers:
+        server.close()
+
+
+def facts(key: str) -> list[str]:
+    return list(KNOWN[key]["facts"])
+
+
+def nonsense(key: str) -> list[str]:
+    """As many statements as there are facts, and none of them true."""
+    return list(photographs.NONSENSE[: len(KNOWN[key]["facts"])])
+
+
+def test_nonsense_without_a_judge_is_refused(setting: Setting) -> None:
+    run, _ = setting(facts, nonsense)
+    with pytest.raises(Refused) as refusal:
+        iterate.gate(run, 1)
+    message = str(refusal.value)
+    assert refusal.value.exit_code == 3
+    assert "no judge can tell whether the captions are true" in message
+    assert f"{len(KNOWN)} of {len(KNOWN)} images" in message
+    assert "captioner iterate --round 1 --accept-unjudged" in message
+    gate = json.loads((run.path / "round-1" / "gate.json").read_text())
+    assert (gate["promoted"], gate["unjudged"]) == (False, True)
+    assert run.newest_captioner() == run.captioner_dir(0)
+
+
+def test_a_round_is_accepted_unjudged_on_the_users_word(
+    setting: Setting, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, _ = setting(facts, facts)
+    iterate.gate(run, 1, accept_unjudged=True)
+    assert "round 1 is promoted unjudged" in capsys.readouterr().out
+    gate = json.loads((run.path / "round-1" / "gate.json").read_text())
+    assert (gate["promoted"], gate["unjudged"]) == (True, True)
+    assert any("accepted unjudged" in reason for reason in gate["reasons"])
+    assert run.newest_captioner() == run.captioner_dir(1)
+    assert "Gate: promoted unjudged" in report.report.render_html(report.collect(run))
+
+
+def test_the_users_word_is_no_word_for_loops(setting: Setting) -> None:
+    run, _ = setting(facts, lambda key: facts(key)[:3] * 2)
+    with pytest.raises(Refused, match="repeated share"):
+        iterate.gate(run, 1, accept_unjudged=True)
+
+
+def test_the_flag_reaches_the_gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(iterate, "run_round", lambda *args, accept_unjudged: seen.append(accept_unjudged))
+    Run.open(tmp_path / "run", Config())
+    (tmp_path / "run" / "sft" / "captioner").mkdir(parents=True)
+    for words in ([], ["--accept-unjudged"]):
+        assert cli.main(["iterate", "--run", str(tmp_path / "run"), *words]) == 0
+    assert seen == [False, True]
