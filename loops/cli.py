@@ -101,6 +101,7 @@ COMMANDS: dict[str, Command] = {
         ("{run}/evaluation",),
     ),
     "report": Command("loops.report", "HTML report of a run", (), ("{run}",), ("{run}/report.html",)),
+    "review": Command("loops.review", "check claims of a round by hand, on a local page", (), ("{run}",)),
     "export": Command(
         "loops.export",
         "write a captioner of the run as a stock checkpoint",

@@ -1,0 +1,146 @@
+"""captioner review: check claims of a round by hand, on a local page with the keyboard.
+
+Shows claims of ``--round`` with their image; the keys are y, n, c (cannot tell) and u (undo). P(yes) stays
+hidden. Every answer is on the disk at once: stop whenever you like, the same command goes on. The answers lie
+in ``review/round-N.jsonl`` of the run; they measure the verifier and fill the `checked` judge.
+``--pairs A B`` asks instead which of two caption data sets says it better, in random positions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import secrets
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from captioner.config import Config
+from captioner.errors import ConfigError, DataError, RunError
+from captioner.records import Claim
+from captioner.report import review as reviewing
+from captioner.runs import Run, Shards, atomic_write_json
+from captioner.sources import resolve
+from captioner.sources.folder import read_captions, read_folder
+from loops.evaluate import round_images
+
+HOST = "127.0.0.1"
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--round", type=int, default=1, metavar="N", help="claims of round N (default 1)")
+    parser.add_argument("--count", type=int, default=200, help="claims or pairs to show (default 200)")
+    parser.add_argument("--kind", metavar="KIND", help="only claims of this kind (default: all)")
+    parser.add_argument("--pairs", type=Path, nargs=2, metavar="DIR", help="compare two caption data sets")
+    parser.add_argument("--images", metavar="DATA", help="with --pairs: the images both were made of")
+    parser.add_argument("--port", type=int, default=0, help="port on 127.0.0.1 (default: a free one)")
+
+
+def plan(config: Config, args: argparse.Namespace) -> dict[str, Any]:
+    return {"writes": answers_path(args.run_dir, args.round, args.pairs)}
+
+
+def run(config: Config, args: argparse.Namespace) -> int:
+    run = Run.open(args.run_dir, config, create=False)
+    if args.pairs:
+        review_pairs(run, args.pairs[0], args.pairs[1], args.images, args.count, args.port)
+    else:
+        review(run, args.round, count=args.count, kind=args.kind, port=args.port)
+    return 0
+
+
+def answers_path(run_dir: Path, round: int, pairs: Iterable[Path] | None = None) -> Path:
+    """Where the answers of a review lie."""
+    name = "-".join(["pairs", *(path.resolve().name for path in pairs)]) if pairs else f"round-{round}"
+    return run_dir / "review" / f"{name}.jsonl"
+
+
+def review(run: Run, round: int, *, count: int = 200, kind: str | None = None, port: int = 0) -> None:
+    """Serve the page until it is interrupted, then write ``review/round-N.json`` with the agreement.
+
+    Raises RunError where the round has no claims yet, ConfigError for a kind that no claim has.
+    """
+    from captioner.report.review_app import claims_app
+
+    home = run.stage_dir(f"round-{round}")
+    claims = Shards(home / "claims", Claim)
+    folder = round_images(home)
+    if folder is None or not (home / "claims" / "stage.json").is_file():
+        raise RunError(
+            f"Round {round} has no claims yet.",
+            where=str(home),
+            mend=f"captioner golden --round {round} --run {run.path}",
+        )
+    rows = claims.read_all()
+    if kind is not None and kind not in (kinds := sorted({row.kind or "other" for row in rows})):
+        raise ConfigError(
+            f"No claim is of kind {kind!r}.", where="--kind", mend=f"One of: {', '.join(kinds)}."
+        )
+    rows = [row for row in rows if kind in (None, row.kind or "other")]
+    items = reviewing.choose(rows, count, run.config.seed)
+    images = {row.key: row.path for row in read_folder(folder, captions=False)}
+    path, limit = answers_path(run.path, round), run.config.golden.min_kind_accuracy
+    answers = reviewing.Answers(path)
+    try:
+        serve(lambda token: claims_app(items, answers, images, limit, token), port)
+    finally:
+        answers.close()
+    found = reviewing.agreements(reviewing.read_checked(path), limit)
+    atomic_write_json(path.with_suffix(".json"), {"limit": limit, "kinds": [asdict(row) for row in found]})
+    for row in found:
+        share = f"{row.agree}/{row.asked} ({row.low:.2f} to {row.high:.2f})"
+        more = f"{row.decided} the limit" if row.decided else f"{row.more or 'many'} more would decide"
+        print(f"{row.kind}: the verifier agrees on {share}; {more}")
+    print(f"{len(answers.rows)} of {len(items)} claims answered: {path}")
+
+
+def review_pairs(
+    run: Run, first: Path, second: Path, source: str | None, count: int = 200, port: int = 0
+) -> None:
+    """As :func:`review`, for two caption data sets of the same images (default: of ``evaluate.data``)."""
+    from captioner.report.review_app import pairs_app
+
+    captions = [
+        {row.key: row.caption for row in read_captions(path) if row.caption} for path in (first, second)
+    ]
+    items = reviewing.pair_up(captions[0], captions[1], count, run.config.seed)
+    if not items:
+        raise DataError(
+            "The two data sets have no image with different captions.",
+            where=f"{first}, {second}",
+            mend="Caption the same images with both captioners.",
+        )
+    folder = resolve(source or run.config.evaluate.data, run)
+    images = {row.key: row.path for row in read_folder(folder, captions=False)}
+    path = answers_path(run.path, 0, (first, second))
+    answers = reviewing.Answers(path)
+    try:
+        serve(lambda token: pairs_app(items, answers, images, token), port)
+    finally:
+        answers.close()
+    result = reviewing.win_rate(answers.rows.values())
+    atomic_write_json(path.with_suffix(".json"), result)
+    print(f"{second} wins {result['win_rate'] or 0:.1%} of {result['images']} images: {path}")
+
+
+def serve(make_app: Any, port: int) -> None:
+    """Serve an application on the loopback interface until it is interrupted; prints its address."""
+    import socket
+
+    import uvicorn
+
+    token = secrets.token_urlsafe(24)
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((HOST, port))
+            listener.listen()  # whoever reads the address may connect at once
+        except OSError as error:
+            raise ConfigError(
+                f"Port {port} cannot be used: {error.strerror}.", where="--port", mend="Name another port."
+            ) from error
+        print(f"Open http://{HOST}:{listener.getsockname()[1]}/{token}/ and stop with Ctrl-C.", flush=True)
+        server = uvicorn.Server(uvicorn.Config(make_app(token), log_level="warning", access_log=False))
+        with suppress(KeyboardInterrupt):  # uvicorn raises it again after it has closed
+            server.run(sockets=[listener])
