@@ -232,8 +232,8 @@ def more_needed(successes: int, trials: int, limit: float) -> int | None:
     """Further answers until the interval lies on one side of ``limit``, if the rate stays as it is.
 
     A Wilson interval excludes a share exactly where the score test rejects it, so n answers decide when
-    n > z^2 limit (1 - limit) / (rate - limit)^2; at least ``ENOUGH`` are asked for. Without answers the rate is taken to be 1. None where more
-    than ``FURTHEST`` would be needed.
+    n > z^2 limit (1 - limit) / (rate - limit)^2; at least ``ENOUGH`` are asked for. Without answers the rate
+    is taken to be 1. None where more than ``FURTHEST`` would be needed.
     """
     rate = successes / trials if trials else 1.0
     if rate == limit:
@@ -274,6 +274,6 @@ def win_rate(answers: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     return {"images": total, **counts, "win_rate": share, "low": low, "high": high}
 
 
-def unanswered(items: Sequence[Item] | Sequence[CaptionPair], answers: Answers) -> Iterator[int]:
+def unanswered(items: Sequence[Item | CaptionPair], answers: Answers) -> Iterator[int]:
     """Indices of what nobody has answered yet, in order."""
     return (index for index, item in enumerate(items) if item.id not in answers.rows)
