@@ -1,42 +1,56 @@
 """captioner report: one self-contained HTML page about a run.
 
-Scores with intervals, verifier accuracy, the claims of the first images of each round from sample to golden
-caption, captions before and after, training curves. No model runs: it shows what the run directory holds.
+A verdict, scores with intervals, where the claims of each round went, how far the verifier can be believed,
+and every image with its samples, claims, golden caption and the captions of all captioners. No model runs:
+the page shows what the run directory holds.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from captioner.config import Config
+from captioner import scenes, views
+from captioner.config import Config, ViewsConfig
 from captioner.errors import RunError
-from captioner.records import Candidate, CaptionRow, Claim, Golden
+from captioner.records import Candidate, CaptionRow, Claim, Golden, Planted, Record, Unasked
 from captioner.report import report
-from captioner.report.report import Curve, Example, Report, RoundReport
-from captioner.runs import Run, Shards, atomic_write_text
+from captioner.report.report import ClaimShown, Curve, ImageShown, Report, RoundShown, Truth
+from captioner.runs import Run, Shards, atomic_write_text, progress
+from captioner.sources import resolve
 from captioner.sources.folder import ImageRow, read_folder
 from captioner.views import BadImage, load_image
 
-EXAMPLES = 12  # images shown of each round
+VIEW_PX = 448  # of a view: boxes on the picture hardly depend on it
+IMAGES = 2000  # of each part of the page: a thumbnail is about 10 kB
+RecordT = TypeVar("RecordT", bound=Record)
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--images", type=int, default=IMAGES, help=f"images of each part of the page (default {IMAGES})"
+    )
 
 
 def run(config: Config, args: argparse.Namespace) -> int:
     """Write report.html into the run directory. Raises RunError where there is nothing to show."""
     run = Run.open(args.run_dir, config, create=False)
-    page = collect(run)
+    page = collect(run, args.images)
     if not (page.evaluation or page.rounds or page.curves):
         raise RunError("nothing to report yet", where=str(run.path), mend=f"captioner sft --run {run.path}")
     target = run.path / "report.html"
     atomic_write_text(target, report.render_html(page))
-    print(f"report of {len(page.rounds)} rounds, {target.stat().st_size / 1e6:.1f} MB: {target}")
+    print(f"{report.verdict(page)}")
+    print(f"report of {len(page.images)} images, {target.stat().st_size / 1e6:.1f} MB: {target}")
     return 0
 
 
-def collect(run: Run) -> Report:
-    """What the run directory holds, as far as it has come."""
+def collect(run: Run, images: int = IMAGES) -> Report:
+    """What the run directory holds, as far as it has come; of every part at most ``images`` images."""
     about = _json(run.path / "run.json") or {}
     homes = sorted(
         (path for path in run.path.glob("round-*") if path.name[6:].isdigit()),
@@ -48,66 +62,130 @@ def collect(run: Run) -> Report:
             curves += _curves(home / stage, f"{home.name.replace('-', ' ')} {stage}")
     shown = {name: str(about[name]) for name in ("created", "git_commit", "config_hash") if about.get(name)}
     shown["versions"] = ", ".join(f"{k} {v}" for k, v in about.get("versions", {}).items())
+    evaluation = _json(run.path / "evaluation.json")
+    pictures = _held_out(run, evaluation, images) if evaluation else []
+    for home in homes:
+        pictures += _of_round(run, home, images)
     return Report(
         title=f"Run {about.get('name', run.path.name)}",
-        evaluation=_json(run.path / "evaluation.json"),
-        rounds=[_round(run, home) for home in homes],
+        evaluation=evaluation,
+        rounds=[_round(home) for home in homes],
+        images=pictures,
         curves=curves,
         about=shown,
     )
 
 
-def _round(run: Run, home: Path) -> RoundReport:
-    return RoundReport(
+def _round(home: Path) -> RoundShown:
+    flow: dict[str, Counter[str]] = defaultdict(Counter)
+    for claim in _rows(home / "claims", Claim):
+        flow[claim.kind][claim.verdict] += 1
+    unasked = len(_rows(home / "claims" / "unasked", Unasked))
+    if unasked:
+        flow["never asked"]["unasked"] = unasked
+    planted = _rows(home / "planted", Planted)
+    return RoundShown(
         number=int(home.name[6:]),
         accuracy=_json(home / "qa" / "accuracy.json"),
         gate=_json(home / "gate.json"),
         verifier=_json(home / "verifier.json"),
-        examples=_examples(run, home),
+        flow={kind: dict(counts) for kind, counts in sorted(flow.items(), key=lambda x: -x[1].total())},
+        answers=[(row.p_yes, row.answer == "yes") for row in planted],
     )
 
 
-def _examples(run: Run, home: Path) -> list[Example]:
-    """The first images of the round, in key order: not a choice of good ones."""
+def _held_out(run: Run, evaluation: Mapping[str, Any], limit: int) -> list[ImageShown]:
+    """The images that the captioners were evaluated on, with the caption of each."""
+    made = [(str(one["name"]), _captions(run.path / one["captions"])) for one in evaluation["captioners"]]
+    folder = resolve(str(evaluation["data"]), run)
+    return _pictures(
+        run,
+        "held-out",
+        read_folder(folder)[:limit] if folder.is_dir() else [],
+        lambda row: {"captions": [(name, said[row.key]) for name, said in made if row.key in said]},
+    )
+
+
+def _of_round(run: Run, home: Path, limit: int) -> list[ImageShown]:
+    """The first images of a round in key order, not a choice of good ones."""
     manifest = _json(home / "candidates" / "stage.json")
     folder = home / "candidates" / manifest["input_paths"]["images"] if manifest else None
     if folder is None or not folder.is_dir():
         return []
-    samples, claims = Shards(home / "candidates", Candidate), Shards(home / "claims", Claim)
-    said = [row for row in (samples.read_all() if samples.dir.is_dir() else [])]
-    asked = [row for row in (claims.read_all() if claims.dir.is_dir() else [])]
-    golden_shards = Shards(home / "golden", Golden)
-    golden = {row.key: row.text for row in (golden_shards.read_all() if golden_shards.dir.is_dir() else [])}
-    captions = [
-        _captions(run.path / name) for name in (_json(home / "evaluation.json") or {}).get("examples", [])
-    ]
-    before, after = captions if len(captions) == 2 else ({}, {})
-    examples = []
-    for row in read_folder(folder)[:EXAMPLES]:
-        image = _thumbnail(row)
-        if image is None:
-            continue
-        examples.append(
-            Example(
-                key=row.key,
-                image=image,
-                samples=[c.text for c in said if c.key == row.key],
-                claims=[c for c in asked if c.key == row.key],
-                golden=golden.get(row.key),
-                before=before.get(row.key),
-                after=after.get(row.key),
-                facts=row.facts,
+    samples, claims = _by_key(_rows(home / "candidates", Candidate)), _by_key(_rows(home / "claims", Claim))
+    golden = {row.key: row.text for row in _rows(home / "golden", Golden)}
+    examples = (_json(home / "evaluation.json") or {}).get("examples", [])
+    names = ("before", "after")[: len(examples)]
+    captions = [(name, _captions(run.path / one)) for name, one in zip(names, examples, strict=True)]
+
+    def shown(row: ImageRow) -> dict[str, Any]:
+        truth = _truth(row)
+        return {
+            "captions": [(name, said[row.key]) for name, said in captions if row.key in said],
+            "samples": [each.text for each in samples.get(row.key, [])],
+            "claims": [_claim(each, truth) for each in claims.get(row.key, [])],
+            "golden": golden.get(row.key),
+        }
+
+    return _pictures(run, home.name.replace("-", " "), read_folder(folder)[:limit], shown)
+
+
+def _pictures(run: Run, part: str, rows: Sequence[ImageRow], about: Any) -> list[ImageShown]:
+    config = run.config.views.over(ViewsConfig())
+    found = []
+    with progress(f"thumbnails, {part}", len(rows)) as bar:
+        for row in rows:
+            bar.advance()
+            try:
+                image = load_image(row.path)[0]
+            except BadImage:  # its stage recorded why
+                continue
+            plan = views.plan(*image.size, config, size=VIEW_PX, factor=1)
+            found.append(
+                ImageShown(
+                    key=row.key,
+                    part=part,
+                    thumbnail=report.thumbnail(image),
+                    width=image.width,
+                    height=image.height,
+                    views=[(view.tag, view.box) for view in plan],
+                    truth=_truth(row),
+                    **about(row),
+                )
             )
-        )
-    return examples
+    return found
 
 
-def _thumbnail(row: ImageRow) -> str | None:
-    """None for an image that cannot be read: its round recorded why."""
-    try:
-        return report.thumbnail(load_image(row.path)[0])
-    except BadImage:
-        return None
+def _truth(row: ImageRow) -> Truth:
+    """What the known facts of an image say of a statement."""
+    if not row.facts:
+        return lambda statement: None
+    scene = scenes.Scene.from_json(row.facts)
+    return lambda statement: scenes.execute(statement, scene)
+
+
+def _claim(claim: Claim, truth: Truth) -> ClaimShown:
+    return ClaimShown(
+        text=claim.text,
+        kind=claim.kind,
+        question=claim.question,
+        p_yes=claim.p_yes,
+        verdict=claim.verdict,
+        why=claim.why,
+        votes=len(claim.candidates),
+        truth=truth(claim.text),
+    )
+
+
+def _rows(folder: Path, record: type[RecordT]) -> list[RecordT]:
+    return Shards(folder, record).read_all() if folder.is_dir() else []
+
+
+def _by_key(rows: Iterable[Any]) -> dict[str, list[Any]]:
+    found: dict[str, list[Any]] = defaultdict(list)
+    for row in rows:
+        found[row.key].append(row)
+    return found
 
 
 def _captions(folder: Path) -> dict[str, str]:
