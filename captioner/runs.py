@@ -304,6 +304,14 @@ class Stage:
         self.done, self.lock = True, None
 
 
+def input_of(stage: Path, name: str) -> Path | None:
+    """Where an input of a finished stage lies, by the stage's manifest; None where the stage is not done."""
+    manifest = stage / "stage.json"
+    if not manifest.is_file():
+        return None
+    return (stage / _read_json(manifest)["input_paths"][name]).resolve()
+
+
 def _plain(value: Any) -> Any:
     """A value as JSON has it: sections as mappings, tuples as lists, paths as text."""
     if isinstance(value, BaseModel):

@@ -30,7 +30,16 @@ from captioner.judges.metrics import Counts, Interval
 from captioner.method import qa
 from captioner.records import CaptionRow
 from captioner.report.report import cell
-from captioner.runs import Run, Shards, atomic_write_json, checkpoint_path, console, hash_path, progress
+from captioner.runs import (
+    Run,
+    Shards,
+    atomic_write_json,
+    checkpoint_path,
+    console,
+    hash_path,
+    input_of,
+    progress,
+)
 from captioner.sources import questions, resolve
 from captioner.sources.folder import ImageRow, read_folder
 from captioner.views import BadImage, load_image
@@ -117,7 +126,7 @@ def evaluate_round(run: Run, number: int, *, redo: bool = False) -> tuple[dict[s
     home = run.path / f"round-{number}"
     entries = round_entries(run, number)
     summary, counts = evaluate(run, entries, run.config.gate.data, redo=redo)
-    folder = round_images(home)
+    folder = input_of(home / "candidates", "images")
     if folder is not None:
         shown = read_folder(folder, captions=False)[:EXAMPLES]
         made = [caption(run, entry, folder, shown, redo=redo)[0] for entry in entries]
@@ -140,14 +149,6 @@ def evenly(run: Run, summary: dict[str, Any]) -> tuple[list[Counts], list[Counts
         for side, text in zip(cut, texts, strict=True):
             side.append(metrics.count(key, text, facts[key], finish_reason="stop", tokens=0))
     return cut
-
-
-def round_images(home: Path) -> Path | None:
-    """The image folder that a round sampled captions of, by the manifest of its candidates."""
-    manifest = home / "candidates" / "stage.json"
-    if not manifest.is_file():
-        return None
-    return manifest.parent / json.loads(manifest.read_text(encoding="utf-8"))["input_paths"]["images"]
 
 
 # ---------------------------------------------------------------- which captioners

@@ -20,7 +20,7 @@ from captioner.errors import RunError
 from captioner.records import Candidate, CaptionRow, Claim, Golden, Planted, Record, Unasked
 from captioner.report import report
 from captioner.report.report import ClaimShown, Curve, ImageShown, Report, RoundShown, Truth
-from captioner.runs import Run, Shards, atomic_write_text, progress
+from captioner.runs import Run, Shards, atomic_write_text, input_of, progress
 from captioner.sources import resolve
 from captioner.sources.folder import ImageRow, read_folder
 from captioner.views import BadImage, load_image
@@ -108,8 +108,7 @@ def _held_out(run: Run, evaluation: Mapping[str, Any], limit: int) -> list[Image
 
 def _of_round(run: Run, home: Path, limit: int) -> list[ImageShown]:
     """The first images of a round in key order, not a choice of good ones."""
-    manifest = _json(home / "candidates" / "stage.json")
-    folder = home / "candidates" / manifest["input_paths"]["images"] if manifest else None
+    folder = input_of(home / "candidates", "images")
     if folder is None or not folder.is_dir():
         return []
     samples, claims = _by_key(_rows(home / "candidates", Candidate)), _by_key(_rows(home / "claims", Claim))

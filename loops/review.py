@@ -20,10 +20,9 @@ from captioner.config import Config
 from captioner.errors import ConfigError, DataError, RunError
 from captioner.records import Claim
 from captioner.report import review as reviewing
-from captioner.runs import Run, Shards, atomic_write_json
+from captioner.runs import Run, Shards, atomic_write_json, input_of
 from captioner.sources import resolve
 from captioner.sources.folder import read_captions, read_folder
-from loops.evaluate import round_images
 
 HOST = "127.0.0.1"
 
@@ -65,7 +64,7 @@ def review(run: Run, round: int, *, count: int = 200, kind: str | None = None, p
 
     home = run.stage_dir(f"round-{round}")
     claims = Shards(home / "claims", Claim)
-    folder = round_images(home)
+    folder = input_of(home / "candidates", "images")
     if folder is None or not (home / "claims" / "stage.json").is_file():
         raise RunError(
             f"Round {round} has no claims yet.",

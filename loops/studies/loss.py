@@ -18,9 +18,9 @@ from typing import Any
 from captioner.config import Config
 from captioner.fit import alarms
 from captioner.records import Golden, Pair
-from captioner.runs import Run, Shards, remove_dir
+from captioner.runs import Run, Shards, input_of, remove_dir
 from captioner.sources.folder import read_folder
-from loops import dpo, evaluate, golden, qa, sft
+from loops import dpo, golden, qa, sft
 from loops.iterate import arguments
 from loops.studies._arms import Metrics, remembered, scores
 
@@ -79,7 +79,7 @@ def measure(config: Config, work: Path) -> Iterator[tuple[str, dict[str, float]]
         step.run(config, arguments(step, args, round=1))
     run = Run.open(work / "run", config, create=False)
     home, start = run.stage_dir("round-1"), run.captioner_dir(0)
-    images = evaluate.round_images(home)
+    images = input_of(home / "candidates", "images")
     assert images is not None
     paths = {row.key: row.path for row in read_folder(images, captions=False)}
     pairs, _ = dpo.linted(run, Shards(home / "pairs", Pair).read_all(), start)

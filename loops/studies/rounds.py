@@ -24,9 +24,9 @@ from captioner.config import Config
 from captioner.errors import Refused
 from captioner.judges import metrics
 from captioner.records import Candidate, Golden
-from captioner.runs import Run, Shards, atomic_write_json
+from captioner.runs import Run, Shards, atomic_write_json, input_of
 from captioner.sources.folder import read_folder
-from loops import evaluate, golden, iterate, qa, sft
+from loops import golden, iterate, qa, sft
 from loops.iterate import arguments
 from loops.studies._arms import Metrics, scores
 
@@ -110,7 +110,7 @@ def _shown(found: Metrics) -> Metrics:
 def _learned_from(run: Run, number: int) -> Metrics:
     """What a round's golden captions, verifier and samples were like, by the facts of its scenes."""
     home = run.stage_dir(f"round-{number}")
-    images = evaluate.round_images(home)
+    images = input_of(home / "candidates", "images")
     assert images is not None
     facts = {row.key: row.facts for row in read_folder(images)}
 
