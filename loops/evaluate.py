@@ -41,8 +41,8 @@ from captioner.runs import (
     progress,
 )
 from captioner.sources import questions, resolve
-from captioner.sources.folder import ImageRow, read_folder
-from captioner.views import BadImage, load_image
+from captioner.sources.folder import ImageRow, load_row, read_folder
+from captioner.views import BadImage
 
 COLUMNS = {
     "precision": "Precision",
@@ -352,7 +352,7 @@ class _Reader:
         for row in self.images:
             self.advance(1)
             try:
-                image, sha = load_image(row.path)
+                image, sha = load_row(row)
             except BadImage as error:
                 self.errors[row.key] = error.reason
                 continue

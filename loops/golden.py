@@ -42,8 +42,9 @@ from captioner.runs import (
     row_seed,
 )
 from captioner.sources import SCENES, parse_scenes, questions, resolve
-from captioner.sources.folder import ImageRow, read_folder
-from captioner.views import BadImage, View, load_image
+from captioner.sources.folder import ImageRow, load_row, read_folder
+from captioner.sources.gather import part_of_round
+from captioner.views import BadImage, View
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -140,9 +141,9 @@ def plan_round(run: Run, number: int) -> Plan:
 
 
 def round_source(source: str, number: int) -> str:
-    """The images of round ``number``: of scenes each round takes its own part, a folder serves all rounds."""
+    """The images of round ``number``: of scenes and of a source with a count, it takes its own part."""
     if not source.startswith(SCENES):
-        return source
+        return part_of_round(source, number)
     split, count, offset = parse_scenes(source)
     return f"{SCENES}{split}:{count}:{offset + (number - 1) * count}"
 
@@ -547,7 +548,7 @@ def _load(
     """(row, image, sha256) of each image that can be read; the others go to ``failed``."""
     for row in part:
         try:
-            image, sample = load_image(row.path)
+            image, sample = load_row(row)
         except BadImage as error:
             failed.append(Failed(sample="", key=row.key, reason=error.reason))
             advance()

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from captioner.config import AdapterTuning, Config, QAConfig
 from captioner.errors import DataError
 from captioner.fit import distributed
+from captioner.fit.rows import usable
 from captioner.method import golden, qa
 from captioner.runs import Run, atomic_write_json, is_main
 from captioner.sources import questions, resolve
@@ -47,6 +48,7 @@ def run(config: Config, args: argparse.Namespace) -> int:
         return 0
     seed = config.seed + config.qa.training.seed
     rows, read = read_rows(data, config, seed)
+    rows = usable(rows, lambda row: None, stage.dir, config, [])
     learned, held = qa.split([row.key for row in rows], config.qa.holdout, seed)
     verifier = stage.dir / "captioner"
     metrics = (
@@ -106,12 +108,13 @@ def read_rows(data: Path, config: Config, seed: int) -> tuple[list[ImageRow], di
     Raises DataError where there are none, Refused where too many rows of a file cannot be used.
     """
     counts: dict[str, int] = {}
-    if data.is_file():
-        rows, counts = questions.read(data, config.max_failed)
+    rows = [] if data.is_file() else read_folder(data)
+    asking = any(row.questions for row in rows)
+    file = data if data.is_file() else None if asking else questions.find(data)
+    if file is not None:
+        rows, counts = questions.read(file, config.max_failed)
         asked = qa.balance([row.questions or [] for row in rows], seed)
         rows = [replace(row, questions=[dict(q) for q in own]) for row, own in zip(rows, asked, strict=True)]
-    else:
-        rows = read_folder(data)
     rows = [row for row in rows if any(map(qa.is_yes_no, row.questions or []))]
     if not rows:
         mend = "give the folder's metadata a column questions with yes/no answers"

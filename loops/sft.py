@@ -13,12 +13,14 @@ import argparse
 import random
 import shutil
 from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from captioner import prompts
 from captioner.config import Config, SFTConfig
-from captioner.errors import DataError
 from captioner.fit import distributed
+from captioner.fit.rows import usable
 from captioner.runs import Run, checkpoint_path, is_main
 from captioner.sources import resolve
 from captioner.sources.folder import ImageRow, read_folder
@@ -48,8 +50,14 @@ def run(config: Config, args: argparse.Namespace) -> int:
     from captioner.fit import train
     from captioner.models import adapters, fuse, model, render, soft_prompt
 
-    images = training_images([row for path in data for row in read_folder(path)], sft)
-    held_out = training_images(read_folder(inputs["validation"]), sft) if sft.validation else None
+    def learned(paths: Sequence[Path], name: str) -> TrainingImages:
+        rows = [row for path in paths for row in read_folder(path)]
+        lacking = partial(_lacking, columns=sft.columns)
+        rows = usable(rows, lacking, stage.dir, config, paths, name)
+        return training_images(rows, sft)
+
+    images = learned(data, "failed")
+    held_out = learned([inputs["validation"]], "failed-validation") if sft.validation else None
     seed = config.seed + sft.training.seed
     init = sft.tuning.init if sft.tuning.type == "full" else "pretrained"
     captioner = model.load(config.model, init=init, seed=seed)
@@ -86,16 +94,15 @@ def run(config: Config, args: argparse.Namespace) -> int:
     return 0
 
 
-def training_images(rows: Sequence[ImageRow], sft: SFTConfig) -> TrainingImages:
-    """The rows with what ``sft.columns`` names of each. Raises DataError for a row that lacks a column."""
-    from captioner.fit.train import TrainingImages
-
+def _lacking(row: ImageRow, columns: Sequence[str]) -> str | None:
+    """Why a row cannot be learned from, None where it has what ``columns`` name."""
     lacking = {"shorthand": "caption", "prose": "prose", "questions": "questions"}
-    for column in sft.columns:
-        for row in rows:
-            if not getattr(row, lacking[column]):
-                mend = "add it to the folder's caption file, or leave the column out of sft.columns"
-                raise DataError(f"image {row.key} has no {column}", where=str(row.path), mend=mend)
+    return next((f"no {column}" for column in columns if not getattr(row, lacking[column])), None)
+
+
+def training_images(rows: Sequence[ImageRow], sft: SFTConfig) -> TrainingImages:
+    """The rows with what ``sft.columns`` names of each."""
+    from captioner.fit.train import TrainingImages
 
     def draw(index: int, rng: random.Random) -> list[Target]:
         return targets(rows[index], sft, rng)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -121,42 +122,49 @@ def test_missing_and_empty_folders(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([METADATA[0], METADATA[0]], "'a.png' is named twice.*row 2"),
-        ([{"file_name": "z.png", "text": "?"}], "'z.png' is not in the folder.*row 1"),
-        ([{"file_name": "../images/a.png", "text": "?"}], "is not in the folder"),
+        ([METADATA[0], METADATA[0]], r"'a.png' is named twice \(metadata.jsonl, row 2\)"),
+        ([{"file_name": "z.png", "text": "?"}], r"'z.png' is not in the folder.*row 1"),
+        ([{"file_name": "../other/a.png", "text": "?"}], "is not in the folder"),
         ([{"file_name": "notes.md", "text": "?"}], "is not in the folder"),
-        ([{"text": "?"}], "no file_name"),
+        ([{"file_name": "a.png", "text": "?"}, {"text": "?"}], "no file_name .*row 2"),
         ([{"file_name": "a.png", "text": 7}], "text is not text: 7"),
-        (["a.png"], "no JSON object"),
     ],
 )
-def test_rows_that_do_not_join(folder: Path, rows: list, message: str) -> None:
+def test_rows_that_do_not_join_are_rows_with_a_reason(folder: Path, rows: list, message: str) -> None:
     write_metadata(folder, "jsonl", rows)
-    with pytest.raises(DataError, match=f"(?s){message}"):
-        read_folder(folder)
+    [error] = [row.error for row in read_folder(folder) if row.error]
+    assert re.search(message, error)
 
 
 @pytest.mark.parametrize(
-    ("name", "data"),
+    ("name", "data", "message"),
     [
-        ("metadata.jsonl", b'{"file_name": "a.png",\n'),
-        ("metadata.jsonl", b"\xff\xfe"),
-        ("metadata.csv", b'file_name,text\r\na.png,"open'),
-        ("metadata.parquet", b"PAR1 no"),
-        ("a.txt", b"\xff\xfe"),
+        ("metadata.jsonl", b'{"file_name": "a.png",\n', "cannot be read"),
+        ("metadata.jsonl", b"\xff\xfe\x00", "cannot be read"),
+        ("metadata.csv", b'file_name,text\r\na.png,"open', "cannot be read"),
+        ("metadata.csv", b"text,file_name\r\nhigh, wide,a.png", "row 1 has 3 cells for 2 columns"),
+        ("metadata.parquet", b"PAR1 no", "cannot be read"),
+        ("metadata.jsonl", b'["a.png"]\n', "no JSON object"),
+        ("metadata.jsonl", b'{"text": "?"}', "no column that names images among text"),
+        ("metadata.csv", b"file_name,width\r\na.png,3", "no column of captions among file_name, width"),
     ],
 )
-def test_broken_caption_files(folder: Path, name: str, data: bytes) -> None:
+def test_broken_caption_tables(folder: Path, name: str, data: bytes, message: str) -> None:
     (folder / name).write_bytes(data)
-    with pytest.raises(DataError, match="(?s)cannot be read.*" + name):
+    with pytest.raises(DataError, match=f"(?s){message}.*{name}"):
         read_folder(folder)
     assert len(read_folder(folder, captions=False)) == 3
+
+
+def test_a_sidecar_that_is_no_text_is_its_rows_reason(folder: Path) -> None:
+    (folder / "a.txt").write_bytes(b"\xff\xfe\x00")
+    assert [row.error is not None for row in read_folder(folder)] == [True, False, False]
 
 
 def test_one_metadata_file_is_wanted(folder: Path) -> None:
     write_metadata(folder, "jsonl", METADATA)
     write_metadata(folder, "csv", METADATA)
-    with pytest.raises(DataError, match="2 metadata files"):
+    with pytest.raises(DataError, match="2 caption tables of one folder"):
         read_folder(folder)
 
 
@@ -169,8 +177,7 @@ def test_linked_folders_are_not_followed(folder: Path) -> None:
 def test_a_name_that_is_not_utf8(folder: Path) -> None:
     with open(os.fsencode(folder) + b"/\xff.png", "wb"):
         pass
-    with pytest.raises(DataError, match="not UTF-8"):
-        read_folder(folder)
+    assert [row.key for row in read_folder(folder) if "not UTF-8" in (row.error or "")] == ["\\udcff"]
 
 
 # ---------------------------------------------------------------- scenes

@@ -26,10 +26,12 @@ from captioner.config import (
     TrainingConfig,
     ViewsConfig,
 )
-from captioner.errors import ConfigError, DataError, RunError
+from captioner.errors import ConfigError, DataError, Refused, RunError
 from captioner.fit import train
 from captioner.models import model, render
 from captioner.models.model import Captioner
+from captioner.records import Failed
+from captioner.runs import Shards
 from captioner.sources.folder import ImageRow, read_folder
 from loops import sft as loop
 from tests.tiny import tiny_captioner, tiny_checkpoint
@@ -268,9 +270,35 @@ def test_validation_loss_is_token_weighted(rows: list[ImageRow]) -> None:
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
 
 
-def test_missing_column_is_refused(rows: list[ImageRow]) -> None:
-    with pytest.raises(DataError, match="prose"):
-        loop.training_images([ImageRow("a", rows[0].path, "red")], SFTConfig(columns=("prose",)))
+def test_what_cannot_be_learned_from_is_found_before_the_first_step(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_checkpoint(tmp_path / "base")
+    folder = tmp_path / "set"
+    scenes.write("sft", 6, folder)
+    images = sorted(folder.rglob("*.png"))
+    whole = images[0].read_bytes()
+    images[0].write_bytes(whole[: len(whole) // 2])
+    (folder / "metadata.parquet").unlink()
+    for image in images[:1] + images[2:]:
+        image.with_suffix(".txt").write_text("red circle at center")
+    config = Config(
+        model=ModelConfig(path=str(tmp_path / "base")),
+        sft=SFTConfig(data=(str(folder),), validation=None, training=TRAINING),
+    )
+    args = argparse.Namespace(run_dir=tmp_path / "run", redo=False, gpus=1)
+    with pytest.raises(
+        Refused, match=r"(?s)2 of 6 images cannot be learned from.*cannot be decoded.*no shorthand"
+    ):
+        loop.run(config, args)
+    assert not (tmp_path / "run" / "sft").exists()  # mended, the same command works
+    assert loop.run(config.model_copy(update={"max_failed": 0.4}), args) == 0
+    assert "2 of 6 images are left out" in capsys.readouterr().out
+    out = tmp_path / "run" / "sft"
+    assert json.loads((out / "stage.json").read_text())["counts"]["images"] == 4
+    assert {row.key for row in Shards(out / "failed", Failed).read(0)} == {
+        path.relative_to(folder).with_suffix("").as_posix() for path in images[:2]
+    }
 
 
 def test_sft_command(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from captioner import scenes
 from captioner.errors import DataError
 from captioner.runs import Run, atomic_dir
+from captioner.sources import gather, questions
 
 SCENES = "scenes:"
 
@@ -26,16 +27,21 @@ def parse_scenes(source: str) -> tuple[str, int, int]:
 
 
 def resolve(source: str, run: Run | None = None, *, cache: Path | None = None) -> Path:
-    """The image folder that ``source`` names: a path, or ``scenes:SPLIT:COUNT[:OFFSET]``.
+    """The image folder, or question file, that ``source`` names: see docs/formats.md for all it may be.
 
-    Scenes are drawn with the run's seed and rendered once, into ``data/`` of the run, or into ``cache`` where
-    there is no run; a killed rendering leaves nothing. Raises :class:`DataError` for scenes that do not
-    exist; a folder's contents are the reader's business.
+    What is no image folder is laid out as one, once, in ``data/`` of the run, or in ``cache`` where there is
+    no run; so are scenes, drawn with the run's seed. A killed command leaves nothing of it. Raises
+    :class:`DataError` for scenes and sources that do not exist; a folder's contents are for its reader.
     """
-    if not source.startswith(SCENES):
-        return Path(source)
-    split, count, offset = parse_scenes(source)
     home = run.path / "data" if run is not None else cache
+    if not source.startswith(SCENES):
+        spec = gather.parse(source)
+        if questions.is_question_file(Path(spec.base)) or gather.is_image_folder(spec):
+            return Path(spec.base)
+        if home is None:
+            raise DataError("no image folder", where=source, mend="name a folder of images")
+        return gather.gather(source, home)
+    split, count, offset = parse_scenes(source)
     if home is None:
         raise DataError("scenes need a place to be rendered to", where=source, mend="name a --run directory")
     seed = run.config.seed if run is not None else 0

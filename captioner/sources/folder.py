@@ -1,30 +1,38 @@
 """Folders: image folders with or without captions in, caption data sets out.
 
-In: images anywhere below a folder, captions in ``metadata.parquet``, ``metadata.jsonl`` or ``metadata.csv``
-(``file_name`` plus ``text``, ``prose``, ``facts``, ``questions``) or in ``.txt``/``.caption`` files beside
-the images.
+In: images anywhere below a folder; captions in a table of any folder (``metadata.*``, else the one table that
+names images and holds captions, see :mod:`captioner.sources.captions`), or in ``.txt``/``.caption`` files
+beside the images.
 Out: Parquet shards of caption rows, and from them one JSON Lines file or one text file per image.
 """
 
 from __future__ import annotations
 
-import csv
 import errno
 import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+from PIL import Image
 
 from captioner.errors import DataError
 from captioner.records import CaptionRow, read_parquet
+from captioner.sources.captions import (
+    TABLES,
+    WORKBOOKS,
+    finder,
+    is_caption_table,
+    not_text,
+    read_table,
+    read_text,
+)
+from captioner.views import BadImage, load_image
 
 IMAGE_SUFFIXES = frozenset(
     f".{name}"
@@ -33,15 +41,26 @@ IMAGE_SUFFIXES = frozenset(
         *("tif", "tiff", "jp2", "avif", "ppm", "pgm", "pnm", "ico"),
     )
 )
-CAPTION_SUFFIXES = (".txt", ".caption")
+# Images that Pillow reads with a package more, or not at all: they are rows all the same, with this reason.
+EXTRA_SUFFIXES = {
+    **dict.fromkeys((".heic", ".heif", ".hif"), "HEIC: pip install 'captioner[heif]', or save it as JPEG"),
+    ".jxl": "JPEG XL: save it as PNG or JPEG",
+    **dict.fromkeys(
+        (".cr2", ".cr3", ".nef", ".arw", ".dng", ".raf", ".orf", ".rw2", ".pef", ".srw"),
+        "a camera's raw file: develop it to JPEG",
+    ),
+    ".psd": "a Photoshop file: export it as PNG or JPEG",
+    ".svg": "a drawing of vectors: export it as PNG",
+}
+CAPTION_SUFFIXES = (".txt", ".caption", ".TXT", ".Txt", ".CAPTION")
 METADATA = ("metadata.parquet", "metadata.jsonl", "metadata.csv")
+FAILED = "failed.jsonl"  # beside gathered images: `key` and `error` of those that could not be
 NO_SUCH_NAME = {
     errno.EEXIST: "a file and a folder want the same name",
     errno.ENOTDIR: "a file and a folder want the same name",
     errno.EISDIR: "a file and a folder want the same name",
     errno.ENAMETOOLONG: "the key is too long for a file name",
 }
-COLUMNS = ("file_name", "text", "prose", "facts", "questions")
 
 
 @dataclass(frozen=True)
@@ -54,36 +73,67 @@ class ImageRow:
     prose: str | None = None
     facts: str | None = None
     questions: list[dict[str, Any]] | None = None
+    error: str | None = None  # why there is no such image, or no caption that could be read
 
 
-def read_folder(path: Path, *, captions: bool = True) -> list[ImageRow]:
+def read_folder(
+    path: Path, *, captions: bool = True, named: Mapping[str, str] | None = None
+) -> list[ImageRow]:
     """The images below ``path``, sorted by key, joined with their captions; no image is opened.
 
     Images of one folder that differ in their extension only keep it in their keys. Hidden files and linked
-    folders are passed over. ``captions=False`` reads no caption file. Raises :class:`DataError` for a missing
-    or empty folder, unreadable caption files, and rows that name an image twice or one that is not there.
+    folders are passed over. ``captions=False`` reads no caption file; ``named`` as in ``read_table``. What a
+    caption file gets wrong about one image is the ``error`` of its row. Raises :class:`DataError` for a
+    missing or empty folder, and for tables that cannot be read or are several of one folder.
     """
     pairs = list(walk_images(path))
-    if not pairs:
+    failed = _failed(path)
+    if not pairs and not failed:
         raise no_images(path)
-    for _, name in pairs:
-        try:
-            name.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise DataError(
-                "a file name is not UTF-8", where=f"{path}: {name!r}", mend="rename the file"
-            ) from error
-    rows = _metadata(path, {name for _, name in pairs}) if captions else {}
-    images = []
+    joined = join_tables(path, [name for _, name in pairs], named) if captions else Joined({}, [])
+    images = [*failed, *joined.ghosts]
     for key, name in pairs:
-        row = rows.get(name, {})
-        caption = row.get("text")
-        if captions and caption is None:
-            caption = sidecar(path / key)
-        images.append(
-            ImageRow(key, path / name, caption, row.get("prose"), row.get("facts"), row.get("questions"))
-        )
+        row = joined.rows.get(name, {})
+        caption, error = row.get("text"), row.get("error")
+        if not _is_utf8(name):
+            key, error = (
+                key.encode("utf-8", "backslashreplace").decode(),
+                "its file name is not UTF-8: rename it",
+            )
+        elif captions and caption is None and error is None:
+            try:
+                caption = sidecar(path / key)
+            except DataError as problem:
+                error = f"its caption file {problem.what}"
+        about = (row.get("prose"), row.get("facts"), row.get("questions"))
+        images.append(ImageRow(key, path / name, caption, *about, error))
     return sorted(images, key=lambda image: image.key)
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _failed(path: Path) -> list[ImageRow]:
+    """What could not be gathered into the folder."""
+    file = path / FAILED
+    lines = file.read_text(encoding="utf-8").split("\n") if file.is_file() else []
+    rows = [json.loads(line) for line in lines if line]
+    return [ImageRow(row["key"], path / row["key"], error=row["error"]) for row in rows]
+
+
+def load_row(row: ImageRow) -> tuple[Image.Image, str]:
+    """The image of a row and its sha256 hex, as :func:`captioner.views.load_image`. Raises BadImage."""
+    if row.error:
+        raise BadImage(row.error)
+    try:
+        return load_image(row.path)
+    except BadImage as error:
+        raise BadImage(EXTRA_SUFFIXES.get(row.path.suffix.lower(), error.reason)) from error
 
 
 def read_captions(path: Path) -> Iterator[CaptionRow]:
@@ -205,15 +255,29 @@ def walk_images(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def is_image_name(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+    suffix = os.path.splitext(name)[1].lower()
+    return suffix in IMAGE_SUFFIXES or suffix in EXTRA_SUFFIXES
 
 
 def image_keys(names: Sequence[str]) -> list[str]:
-    """A key for each name: without its extension, or whole where that is another's name or key, too."""
+    """A key for each name: without its extension, or whole where that is another's name or key, too.
+
+    Of a photograph and its raw file or HEIC, the photograph is without.
+    """
     taken = set(names)
     stems = {name: os.path.splitext(name)[0] if is_image_name(name) else name for name in taken}
     shared = Counter(stems.values())
-    return [stems[name] if shared[stems[name]] == 1 and stems[name] not in taken else name for name in names]
+    plain = Counter(stem for name, stem in stems.items() if not _is_extra(name))
+
+    def alone(name: str) -> bool:
+        stem = stems[name]
+        return shared[stem] == 1 or (plain[stem] == 1 and not _is_extra(name))
+
+    return [stems[name] if alone(name) and stems[name] not in taken else name for name in names]
+
+
+def _is_extra(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in EXTRA_SUFFIXES
 
 
 def no_images(path: Path) -> DataError:
@@ -225,68 +289,101 @@ def no_images(path: Path) -> DataError:
 
 
 def sidecar(stem: Path, errors: str = "strict") -> str | None:
-    """The caption in ``STEM.txt`` or ``STEM.caption``, None if there is neither.
+    """The caption in ``STEM.txt`` or ``STEM.caption``, None if there is neither or it is empty.
 
-    ``errors`` as in ``open``. Raises :class:`DataError` for a file that cannot be read.
+    ``errors="replace"`` takes any bytes for text. Raises :class:`DataError` for a file that is no text.
     """
-    for suffix in CAPTION_SUFFIXES:
-        path = stem.with_name(stem.name + suffix)
+    for path in (stem.with_name(stem.name + suffix) for suffix in CAPTION_SUFFIXES):
         if os.path.isfile(path):  # also false for a name too long to be one
             try:
-                return path.read_text(encoding="utf-8", errors=errors).strip()
-            except (OSError, UnicodeDecodeError) as error:
-                raise DataError(
-                    f"caption file cannot be read: {error}", where=str(path), mend="save it as UTF-8"
-                ) from error
+                return read_text(path).strip() or None
+            except DataError:
+                if errors != "replace":
+                    raise
+                return path.read_text(encoding="utf-8", errors="replace").strip() or None
     return None
 
 
-def _metadata(path: Path, names: set[str]) -> dict[str, dict[str, Any]]:
-    """Rows of the folder's metadata file by file name; empty where there is none."""
-    files = [path / name for name in METADATA if (path / name).is_file()]
-    if not files:
-        return {}
-    if len(files) > 1:
-        raise DataError(
-            f"{len(files)} metadata files, one is wanted",
-            where=", ".join(str(file) for file in files),
-            mend="keep one of them",
-        )
+# ---------------------------------------------------------------- caption tables
+
+
+class Joined(NamedTuple):
+    """What the tables of a folder say: of each image by its name, and of images that are not there."""
+
+    rows: dict[str, dict[str, Any]]
+    ghosts: list[ImageRow]
+
+
+def join_tables(path: Path, names: Sequence[str], named: Mapping[str, str] | None = None) -> Joined:
+    """The rows of the caption tables of a folder and those below it; a table is of the images below it."""
     rows: dict[str, dict[str, Any]] = {}
-    for number, row in enumerate(_read_rows(files[0]), 1):
-        name = row.get("file_name")
-        where = f"{files[0]}, row {number}"
-        if not isinstance(name, str):
-            raise DataError("no file_name", where=where, mend="name the image in the column file_name")
-        if name in rows:
-            raise DataError(f"the image {name!r} is named twice", where=where, mend="keep one row per image")
-        if name not in names:
-            raise DataError(
-                f"the image {name!r} is not in the folder",
-                where=where,
-                mend="file_name is the path relative to the folder, extension included",
+    ghosts: list[ImageRow] = []
+    for table in caption_tables(path, named)[0]:
+        home = table.parent.relative_to(path).as_posix()
+        prefix = "" if home == "." else f"{home}/"
+        below = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+        _join(table, prefix, finder(below, str(table.parent)), read_table(table, named), rows, ghosts)
+    return Joined(rows, ghosts)
+
+
+def _join(
+    table: Path,
+    prefix: str,
+    find: Callable[[str], str | None],
+    found: list[dict[str, Any]],
+    rows: dict[str, dict[str, Any]],
+    ghosts: list[ImageRow],
+) -> None:
+    for row in found:
+        cell, where = row.get("file_name"), f"{table.name}, row {row['row']}"
+        if cell is None or cell != cell:  # a table's missing number is not equal to itself
+            ghosts.append(ImageRow(f"{prefix}{where}", table, error=f"no file_name ({where})"))
+            continue
+        name = find(str(cell))
+        if name is None:
+            what = f"the image {str(cell)!r} is not in the folder, or several are of that name ({where})"
+            ghosts.append(ImageRow(f"{prefix}{cell}", table.parent / str(cell), error=what))
+        elif prefix + name in rows:
+            ghosts.append(
+                ImageRow(
+                    f"{prefix}{name} ({where})", table, error=f"the image {name!r} is named twice ({where})"
+                )
             )
-        for column in ("text", "prose", "facts"):
-            if row.get(column) is not None and not isinstance(row[column], str):
-                raise DataError(f"{column} is not text: {row[column]!r}", where=where)
-        rows[name] = row
-    return rows
+        else:
+            error = not_text(row, where)
+            rows[prefix + name] = row | ({"error": error, "text": None} if error else {})
 
 
-def _read_rows(file: Path) -> list[dict[str, Any]]:
-    try:
-        if file.suffix == ".parquet":
-            columns = [name for name in pq.read_schema(file).names if name in COLUMNS]
-            return list(pq.read_table(file, columns=columns).to_pylist())
-        with file.open(encoding="utf-8", newline="") as lines:
-            if file.suffix == ".csv":
-                return [
-                    {name: value for name, value in row.items() if name in COLUMNS and value}
-                    for row in csv.DictReader(lines, strict=True)
-                ]
-            rows = [json.loads(line) for line in lines if line.strip()]
-    except (OSError, UnicodeDecodeError, csv.Error, json.JSONDecodeError, pa.ArrowException) as error:
-        raise DataError(f"cannot be read: {error}", where=str(file)) from error
-    if not all(isinstance(row, dict) for row in rows):
-        raise DataError("a line is no JSON object", where=str(file))
-    return rows
+def caption_tables(path: Path, named: Mapping[str, str] | None = None) -> tuple[list[Path], dict[str, str]]:
+    """The caption table of each folder that has one, and why others are not read, by file name.
+
+    ``metadata.*`` comes first, and must be a caption table; any other is one if its columns say so. Raises
+    :class:`DataError` for two in one folder.
+    """
+    tables: list[Path] = []
+    others: dict[str, str] = {}
+    for directory, folders, files in os.walk(path):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        here = [
+            Path(directory, name) for name in sorted(files) if not name.startswith(".") and name != FAILED
+        ]
+        found = [file for file in here if file.name in METADATA]
+        if not found:
+            for file in here:
+                suffix = file.suffix.lower()
+                if suffix in WORKBOOKS:
+                    others[file.name] = "a workbook: save it as CSV"
+                elif suffix in TABLES and (suffix != ".json" or re.match("metadata|captions?", file.name)):
+                    reason = None if suffix == ".json" else is_caption_table(file, named)
+                    if reason is None:
+                        found.append(file)
+                    else:
+                        others[file.name] = reason
+        if len(found) > 1:
+            raise DataError(
+                f"{len(found)} caption tables of one folder, one is wanted",
+                where=", ".join(map(str, found)),
+                mend="keep one of them, or name it as the source",
+            )
+        tables += found
+    return tables, others

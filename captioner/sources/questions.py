@@ -18,6 +18,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,43 @@ def read(path: Path, max_bad: float = 1.0) -> tuple[list[ImageRow], dict[str, in
     ]
     questions = sum(len(each.questions or []) for each in used)
     return used, {"rows": rows, "questions": questions, **dict(reasons)}
+
+
+def is_question_file(path: Path) -> bool:
+    """Whether a file holds questions with answers; no more than its beginning is read but of ``.json``."""
+    if path.suffix not in FORMS or not path.is_file():
+        return False
+    if path.suffix == ".json":
+        with path.open("rb") as file:
+            return (
+                re.search(rb'"(?:answers?|label|multiple_choice_answer|questions)"', file.read(1 << 16))
+                is not None
+            )
+    if path.suffix == ".parquet":
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            names = set(pq.read_schema(path).names)
+        except (OSError, pa.ArrowException):
+            return True  # reading it says what is wrong
+    else:
+        row = next((row for row in islice(_lines(path), 100) if isinstance(row, dict)), {})
+        names = set(row)
+    return bool(names & {*QUESTION} and names & {*ANSWER})
+
+
+def find(folder: Path) -> Path | None:
+    """The one question file of a folder, None where there is none. Raises :class:`DataError` for several."""
+    files = [
+        path
+        for path in sorted(folder.iterdir())
+        if is_question_file(path) and "_questions" not in path.name.lower()
+    ]
+    if len(files) > 1:
+        names = ", ".join(path.name for path in files)
+        raise DataError(f"{len(files)} question files: {names}", where=str(folder), mend="name one of them")
+    return next(iter(files), None)
 
 
 def _question(

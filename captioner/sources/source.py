@@ -8,7 +8,9 @@ used becomes an :class:`Item` with its reason, and nothing is ever extracted to 
 spec                                      what is read
 ========================================  ============================================================
 ``FOLDER``                                images below it; ``.txt``/``.caption`` files beside them
+``PHOTO.jpg``                             one image
 ``LIST.txt``                              a path a line, relative to the list
+``CAPTIONS.csv`` ``.tsv`` ``.jsonl`` ``.json``  the images that a caption table names
 ``A.tar`` ``DIR/*.tar`` ``{000..999}.tar``  webdataset shards, also a folder that holds only tars
 ``A.parquet`` ``DIR/*.parquet``           image bytes, ``{bytes, path}`` or paths; also a folder of them
 ``hf:PATH_OR_NAME[:SPLIT]``               a Hugging Face data set on disk or on the hub
@@ -25,10 +27,12 @@ from itertools import chain
 from pathlib import Path
 
 from captioner.errors import DataError
+from captioner.sources.captions import TABLES
 from captioner.sources.files import folder_cuts, list_cuts, read_files, read_list
 from captioner.sources.folder import is_image_name, no_images
 from captioner.sources.hf import hf_cuts, is_saved, read_hf
 from captioner.sources.items import Cut, Item, ShardRef
+from captioner.sources.rows import read_photo, read_rows, table_cuts
 from captioner.sources.tables import parquet_cuts, read_parquet
 from captioner.sources.tars import read_tar
 
@@ -96,6 +100,10 @@ def _cuts(spec: str, shard_rows: int) -> tuple[str, Iterator[Cut]]:
     elif path.is_file():
         if path.suffix.lower() in LISTS:
             return "list", list_cuts(path, shard_rows)
+        if is_image_name(path.name):
+            return "photo", iter([Cut(path.name, str(path), rows=1)])
+        if path.suffix.lower() in TABLES and path.suffix.lower() != ".parquet":
+            return "captions", table_cuts(path, shard_rows)
         files = [path]
     else:
         raise DataError("no such file or folder", where=spec, mend="name a data set: docs/formats.md")
@@ -162,6 +170,8 @@ def _tables_only(path: Path) -> list[Path]:
 READERS: dict[str, Callable[[ShardRef], Iterator[Item]]] = {
     "folder": read_files,
     "list": read_list,
+    "photo": read_photo,
+    "captions": read_rows,
     "webdataset": read_tar,
     "parquet": read_parquet,
     "hf": read_hf,
