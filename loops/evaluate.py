@@ -199,7 +199,7 @@ def ask(run: Run, entries: Sequence[Entry], source: str, out: Path) -> None:
     Raises Refused where more than ``max_failed`` of the questions get no answer.
     """
     data = resolve(source, run)
-    rows = questions.read(data, run.config.max_failed)[0] if data.is_file() else read_folder(data)
+    rows, _ = questions.read_any(data, run.config.max_failed)
     rows = [row for row in rows if any(map(qa.is_yes_no, row.questions or []))]
     if not rows:
         raise DataError("no image has yes/no questions", where=str(data), mend="give --questions others")

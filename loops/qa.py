@@ -22,7 +22,7 @@ from captioner.fit.rows import usable
 from captioner.method import golden, qa
 from captioner.runs import Run, atomic_write_json, is_main
 from captioner.sources import questions, resolve
-from captioner.sources.folder import ImageRow, read_folder
+from captioner.sources.folder import ImageRow
 from captioner.views import View, load_image
 
 if TYPE_CHECKING:
@@ -107,12 +107,8 @@ def read_rows(data: Path, config: Config, seed: int) -> tuple[list[ImageRow], di
 
     Raises DataError where there are none, Refused where too many rows of a file cannot be used.
     """
-    counts: dict[str, int] = {}
-    rows = [] if data.is_file() else read_folder(data)
-    asking = any(row.questions for row in rows)
-    file = data if data.is_file() else None if asking else questions.find(data)
-    if file is not None:
-        rows, counts = questions.read(file, config.max_failed)
+    rows, counts = questions.read_any(data, config.max_failed)
+    if counts:
         asked = qa.balance([row.questions or [] for row in rows], seed)
         rows = [replace(row, questions=[dict(q) for q in own]) for row, own in zip(rows, asked, strict=True)]
     rows = [row for row in rows if any(map(qa.is_yes_no, row.questions or []))]

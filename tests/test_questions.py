@@ -125,6 +125,17 @@ def test_vqa(home: Path) -> None:
         questions.read(file)
 
 
+def test_a_folder_is_asked_by_the_question_file_in_it(home: Path) -> None:
+    assert questions.read_any(home)[1] == {}
+    write(home / "rows.jsonl", [{"image": "dog.png", "question": "Is there a dog?", "answer": "yes"}])
+    (home / "captions.jsonl").write_text('{"file_name": "dog.png", "text": "a dog"}')  # not of questions
+    rows, counts = questions.read_any(home)
+    assert [row.key for row in rows] == ["dog"] and counts["questions"] == 1
+    write(home / "more.jsonl", [{"image": "dog.png", "question": "Is it?", "answer": "no"}])
+    with pytest.raises(DataError, match="2 question files: more.jsonl, rows.jsonl"):
+        questions.read_any(home)
+
+
 def test_a_number_is_no_answer_of_a_counting_question(home: Path) -> None:
     """VQAv2 counts: "1" there is a number, in a set without answer types it may be a label."""
     row = {"image": "dog.png", "question": "How many dogs?", "answer": "1"}

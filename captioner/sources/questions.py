@@ -119,6 +119,18 @@ def find(folder: Path) -> Path | None:
     return next(iter(files), None)
 
 
+def read_any(data: Path, max_bad: float = 1.0) -> tuple[list[ImageRow], dict[str, int]]:
+    """Images with their questions: of a question file, of a folder's own tables, or of the question file in it.
+
+    The counts are empty where no file was read; errors as :func:`read`.
+    """
+    rows = [] if data.is_file() else read_folder(data)
+    if any(row.questions for row in rows):
+        return rows, {}
+    file = data if data.is_file() else find(data)
+    return (rows, {}) if file is None else read(file, max_bad)
+
+
 def _question(
     row: Any, names: Mapping[str, ImageRow | None], stratum: str
 ) -> tuple[str, dict[str, str]] | str:
