@@ -132,7 +132,7 @@ def test_a_folder_is_asked_by_the_question_file_in_it(home: Path) -> None:
     rows, counts = questions.read_any(home)
     assert [row.key for row in rows] == ["dog"] and counts["questions"] == 1
     write(home / "more.jsonl", [{"image": "dog.png", "question": "Is it?", "answer": "no"}])
-    with pytest.raises(DataError, match="2 question files: more.jsonl, rows.jsonl"):
+    with pytest.raises(DataError, match=r"2 question files: more\.jsonl, rows\.jsonl"):
         questions.read_any(home)
 
 
