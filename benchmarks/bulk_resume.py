@@ -9,7 +9,6 @@ Prints the fastest of three runs, and its CPU time: on a core that other work sh
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import resource
@@ -44,7 +43,7 @@ def main() -> None:
             place.mkdir()
         for shard in range(shards):
             (source / f"{shard:06d}.{kind}").write_bytes(data)
-        args = argparse.Namespace(input=f"{source}/*.{kind}", out=out, verify=False, drop_refuted=False)
+        args = caption.Job(out, f"{source}/*.{kind}", out)
         given = caption._Source(Config(), args)
         job, found, _ = caption._job(Config(), args, given, checkpoint_path("scenes-base"))
         assert found == shards

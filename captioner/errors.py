@@ -43,6 +43,12 @@ class EngineError(UserError):
     """An engine: no server answers, it serves another model, it reads a prompt differently."""
 
 
+class CrashedError(CaptionerError):
+    """A process of a command ended by an error of ours, which it has printed; exits 1."""
+
+    exit_code = 1
+
+
 class Refused(CaptionerError):
     """A gate refused, or more rows failed than the limit allows; exits 3."""
 

@@ -255,22 +255,26 @@ class Stage:
             "inputs": {key: hash_path(path) for key, path in inputs.items()},
         }
         self.lock: _Lock | None = None  # of a stage in work
-        self._inputs = inputs
+        self.inputs = inputs
         self._start = time.monotonic()
+
+    def changed(self) -> list[str]:
+        """What differs between now and what the directory was begun with; empty where nothing is begun."""
+        for file in ("stage.json", "begun.json"):
+            if (self.dir / file).is_file():
+                stored = _read_json(self.dir / file)
+                return _differences({key: stored[key] for key in self._made_of}, self._made_of)
+        return []
 
     def begin(self) -> None:
         """Check what stands in the directory against section and inputs; RunError if it is stale."""
-        standing = next((file for file in ("stage.json", "begun.json") if (self.dir / file).is_file()), None)
-        if standing:
-            stored = _read_json(self.dir / standing)
-            changed = _differences({key: stored[key] for key in self._made_of}, self._made_of)
-            if changed:
-                raise RunError(
-                    f"stage {self.name} is stale: {'; '.join(changed[:3])}",
-                    where=str(self.dir),
-                    mend="add --redo to make it anew, or restore what it was made with",
-                )
-        self.done = standing == "stage.json"
+        if changed := self.changed():
+            raise RunError(
+                f"stage {self.name} is stale: {'; '.join(changed[:3])}",
+                where=str(self.dir),
+                mend="add --redo to make it anew, or restore what it was made with",
+            )
+        self.done = (self.dir / "stage.json").is_file()
         if self.done:
             return
         _clear(self.dir.rglob(".*.part-*"))
@@ -291,7 +295,7 @@ class Stage:
             "stage": self.name,
             "finished": _now(),
             **self._made_of,
-            "input_paths": {key: os.path.relpath(path, self.dir) for key, path in self._inputs.items()},
+            "input_paths": {key: os.path.relpath(path, self.dir) for key, path in self.inputs.items()},
             "seeds": _seeds(self._made_of["section"]),
             "wall_s": round(wall_s, 3),
             "device_s": round(wall_s if device_s is None else device_s, 3),
@@ -386,12 +390,13 @@ class Run:
         self.path, self.config = path, config
 
     @classmethod
-    def open(cls, path: Path, config: Config, create: bool = True) -> Run:
+    def open(cls, place: RunDir, config: Config, create: bool = True) -> Run:
         """Open a run directory, or make it. Raises RunError if it is missing, or another kind of directory.
 
         The config of an existing run is stored anew only when a stage begins with it: a command that is
         refused leaves no trace.
         """
+        path = place.path if isinstance(place, Run) else Path(place)
         run = cls(path, config)
         if (path / "run.json").is_file():
             return run
@@ -447,6 +452,8 @@ class Run:
         Raises RunError naming the command that makes it, also where an earlier round was trained and not
         yet gated.
         """
+        if round < 1:
+            raise RunError(f"round {round} must be a whole number from 1", mend="--round 1")
         for earlier in range(round - 1, 0, -1):
             promoted = self._promoted(earlier)
             if promoted:
@@ -492,6 +499,9 @@ class Run:
         }
         atomic_write_json(file, about)
         atomic_write_json(self.path / "config.json", self.config.model_dump(mode="json"))
+
+
+RunDir = Run | Path | str  # how a command names the run it works in
 
 
 def stored_config(path: Path) -> Config | None:

@@ -7,15 +7,15 @@ on one machine or on a cluster, and ends with the same rows. docs/bulk.md has th
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from captioner import prompts
 from captioner.config import Config
@@ -26,53 +26,93 @@ from captioner.pipeline.local import LocalPool, devices
 from captioner.pipeline.output import Output
 from captioner.pipeline.watch import Watch
 from captioner.pipeline.worker import Settings
-from captioner.runs import Run, checkpoint_path, hash_path, lock, progress
+from captioner.runs import Run, RunDir, checkpoint_path, hash_path, lock, progress
 from captioner.sources import SCENES, resolve
 from captioner.sources.folder import read_captions, write_jsonl, write_sidecars
 from captioner.sources.source import ShardRef, open_source
+from loops.stages import StagePlan
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "input", metavar="INPUT",
-        help="folder of images, webdataset tars, Parquet files (see docs/formats.md), or scenes:SPLIT:COUNT",
-    )  # fmt: skip
-    parser.add_argument(
-        "--out", metavar="OUTPUT", type=Path, required=True, help="new folder, or one to resume"
-    )
-    parser.add_argument(
-        "--format", choices=("parquet", "jsonl", "txt"), default="parquet",
-        help="OUTPUT/*.parquet; jsonl adds OUTPUT/captions.jsonl, txt adds OUTPUT/KEY.txt (default parquet)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--checkpoint",
-        metavar="DIR",
-        help="captioner to use (default: caption.checkpoint, else the run's newest)",
-    )
-    parser.add_argument(
-        "--runner", choices=("local", "ray"), default="local",
-        help="workers are processes of this machine, or actors of a Ray cluster (default local)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--workers", type=int, metavar="N", help="engines at work (default: one per GPU, else 1)"
-    )
-    parser.add_argument(
-        "--verify", action="store_true", help="ask about every statement: columns `statements` and `p_yes`"
-    )
-    parser.add_argument(
-        "--drop-refuted", action="store_true",
-        help="--verify, and leave statements below caption.drop out of the captions",
-    )  # fmt: skip
-    parser.add_argument(
-        "--estimate", type=int, metavar="N", help="time N images through every stage, and write nothing"
-    )
+@dataclass(frozen=True)
+class Job:
+    """What is captioned, where to and how; the arguments of :func:`caption`."""
+
+    run: RunDir
+    input: str
+    out: Path
+    format: str = "parquet"
+    checkpoint: str | None = None
+    runner: str = "local"
+    workers: int | None = None
+    verify: bool = False
+    drop_refuted: bool = False
+    estimate: int | None = None
+    redo: bool = False
 
 
-def run(config: Config, args: argparse.Namespace) -> int:
-    """Caption ``args.input`` into ``args.out``; raises Refused where more than ``max_failed`` of it fails."""
+def plan(run: Run, input: str, out: Path, checkpoint: str | None = None) -> list[StagePlan]:
+    """What is read and written."""
+    args = Job(run, input, out, checkpoint=checkpoint)
+    inputs: dict[str, Path | str] = {"checkpoint": _checkpoint(run.config, args), "images": input}
+    return [StagePlan("", inputs, outputs=[out])]
+
+
+def caption(
+    run: RunDir,
+    config: Config,
+    input: str,
+    *,
+    out: Path,
+    format: Literal["parquet", "jsonl", "txt"] = "parquet",
+    checkpoint: str | None = None,
+    runner: Literal["local", "ray"] = "local",
+    workers: int | None = None,
+    verify: bool = False,
+    drop_refuted: bool = False,
+    estimate: int | None = None,
+    redo: bool = False,
+) -> Path:
+    """Caption a data set; returns its output folder.
+
+    Args:
+        run: Run directory whose newest captioner is used where no checkpoint is named.
+        config: Settings; `model`, `views`, `engine` and `caption` are read.
+        input: Folder of images, webdataset tars, Parquet files (docs/formats.md), or scenes:SPLIT:COUNT.
+        out: Folder to write: a new one, or one to resume.
+        format: `jsonl` adds OUT/captions.jsonl to the Parquet files, `txt` adds OUT/KEY.txt.
+        checkpoint: Captioner to use; else `caption.checkpoint`, else the newest of the run.
+        runner: Workers are processes of this machine, or actors of a Ray cluster.
+        workers: Engines at work; else one per GPU, else 1.
+        verify: Ask about every statement: adds the columns `statements` and `p_yes`.
+        drop_refuted: Verify, and leave statements below `caption.drop` out of the captions.
+        estimate: Time this many images through every stage and print the total; writes nothing.
+        redo: Remove what an earlier job wrote to `out`.
+
+    Raises:
+        Refused: more than `max_failed` of the images failed, or shards could not be read.
+    """
+    args = Job(
+        run,
+        input,
+        Path(out),
+        format=format,
+        checkpoint=checkpoint,
+        runner=runner,
+        workers=workers,
+        verify=verify,
+        drop_refuted=drop_refuted,
+        estimate=estimate,
+        redo=redo,
+    )
+    if estimate is None:
+        _run(config, args)
+    else:
+        _estimate(config, args)
+    return args.out
+
+
+def _run(config: Config, args: Job) -> None:
     started = time.monotonic()
-    if args.estimate is not None:
-        return _estimate(config, args)
     if config.caption.best_of > 1 and not (args.verify or args.drop_refuted):
         raise ConfigError("caption.best_of needs the scores of --verify", mend="add --verify")
     checkpoint = _checkpoint(config, args)
@@ -95,7 +135,6 @@ def run(config: Config, args: argparse.Namespace) -> int:
     _report(found, config, before, time.monotonic() - started)
     del held
     _judge(found, config, lost)
-    return 0
 
 
 def _lock(out: Path) -> object:
@@ -106,7 +145,7 @@ def _lock(out: Path) -> object:
 class _Source:
     """The shards of the input, in order, as often as they are asked for."""
 
-    def __init__(self, config: Config, args: argparse.Namespace):
+    def __init__(self, config: Config, args: Job):
         scenes = args.input.startswith(SCENES)
         self.spec = str(resolve(args.input, cache=args.out / ".scenes")) if scenes else args.input
         self.rows = config.caption.shard_rows
@@ -115,10 +154,10 @@ class _Source:
         return iter(open_source(self.spec, shard_rows=self.rows))
 
 
-def _checkpoint(config: Config, args: argparse.Namespace) -> Path:
+def _checkpoint(config: Config, args: Job) -> Path:
     named = args.checkpoint or config.caption.checkpoint
     if named is None:
-        return Run.open(args.run_dir, config, create=False).newest_captioner()
+        return Run.open(args.run, config, create=False).newest_captioner()
     path = checkpoint_path(named)
     if not path.is_dir():
         raise CheckpointError(
@@ -127,13 +166,13 @@ def _checkpoint(config: Config, args: argparse.Namespace) -> Path:
     return path
 
 
-def _settings(config: Config, args: argparse.Namespace, checkpoint: Path, job: dict[str, Any]) -> Settings:
+def _settings(config: Config, args: Job, checkpoint: Path, job: dict[str, Any]) -> Settings:
     verify = args.verify or args.drop_refuted
     return Settings(config, checkpoint, job["checkpoint"], job["config"], verify, args.drop_refuted)
 
 
 def _job(
-    config: Config, args: argparse.Namespace, source: _Source, checkpoint: Path
+    config: Config, args: Job, source: _Source, checkpoint: Path
 ) -> tuple[dict[str, Any], int, int | None]:
     """What determines the rows (nothing that is not in here changes them, anything that is does), the number
     of shards, and the number of images where the source knows it."""
@@ -190,7 +229,7 @@ def _size(location: str) -> int:
 
 def _caption(
     settings: Settings,
-    args: argparse.Namespace,
+    args: Job,
     source: _Source,
     found: Output,
     shards: int,
@@ -220,7 +259,7 @@ def _caption(
     return coordinator.lost
 
 
-def _pool(settings: Settings, args: argparse.Namespace, missing: int) -> tuple[Pool, int]:
+def _pool(settings: Settings, args: Job, missing: int) -> tuple[Pool, int]:
     """Where the workers run, and how many there are: no more than shards are missing."""
     if args.runner == "local":
         workers = min(_workers(settings.config, args), missing)
@@ -230,7 +269,7 @@ def _pool(settings: Settings, args: argparse.Namespace, missing: int) -> tuple[P
     return cluster.pool(settings, args.workers, missing)
 
 
-def _workers(config: Config, args: argparse.Namespace) -> int:
+def _workers(config: Config, args: Job) -> int:
     """Engines at work on this machine."""
     gpus = len(devices()) if config.model.device in ("auto", "cuda") else 0
     return args.workers or max(1, gpus)
@@ -279,11 +318,12 @@ def _judge(found: Output, config: Config, lost: list[tuple[str, str]]) -> None:
 # ---------------------------------------------------------------- estimating
 
 
-def _estimate(config: Config, args: argparse.Namespace) -> int:
+def _estimate(config: Config, args: Job) -> None:
     """Print what a sample of the input says about the whole; writes nothing (but scenes, where asked for)."""
     from captioner.engines import make_engine
     from captioner.pipeline.estimate import estimate
 
+    assert args.estimate is not None
     if args.estimate < 1:
         raise ConfigError(f"--estimate {args.estimate}: a number of images from 1")
     checkpoint = _checkpoint(config, args)
@@ -309,8 +349,7 @@ def _estimate(config: Config, args: argparse.Namespace) -> int:
     known = [shard.rows for shard in shards if shard.rows is not None]
     if not known:
         print("  the source does not say how many images it holds: no total")
-        return 0
+        return
     images = round(sum(known) / len(known) * len(shards))
     hours = images / rates[slowest] / 3600
     print(f"  {images:,} images: {hours:,.2f} h, {hours * workers:,.2f} device-hours")
-    return 0

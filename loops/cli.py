@@ -1,133 +1,92 @@
-"""captioner: the command line; a table of commands, each a module of this package.
+"""captioner: the command line, a thin edge over the functions of this package.
 
-A loop module has a docstring that starts with its command and ``run(config, args: Args) -> int | None``;
-where it has flags of its own, ``add_flags(parser)``; where the table cannot say what it reads and writes,
-``plan(config, args) -> dict``, which touches nothing. It imports heavy libraries inside ``run``: help and dry
-runs stay fast.
+Each command is a function ``verb(run, config, ...)``. Its other parameters are the command's flags, their
+help stands in its docstring, and cyclopts parses them. ``--section.field VALUE`` and FILE.toml make the
+config. The module's ``plan(run, ...)`` tells what the command reads and writes, for ``--dry-run``.
 """
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import importlib
+import inspect
 import json
 import os
+import re
 import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, get_type_hints
 
 from captioner.errors import CaptionerError, ConfigError
 
-if TYPE_CHECKING:  # pydantic takes a quarter of a second, and `captioner --help` needs none of it
+if TYPE_CHECKING:  # pydantic and cyclopts take a third of a second, and `captioner --version` needs neither
+    from cyclopts import App
+
     from captioner.config import Config
 
 
-class Args(argparse.Namespace):
-    """What a loop gets beside the config; flags of its own are further attributes."""
-
-    run_dir: Path
-    dry_run: bool
-    redo: bool
-    round: int
-    rounds: list[int] | None
-
-
 class Command(NamedTuple):
-    """A row of the table: what `--help` and `--dry-run` say of a command without running it."""
+    """A row of the table of commands."""
 
-    module: str
+    verb: str  # module and function
     help: str
-    sections: tuple[str, ...] = ()  # of the config: what the command is made with
-    reads: tuple[str, ...] = ()  # templates over `config`, `run` and the parsed flags
-    writes: tuple[str, ...] = ()
+    sections: tuple[str, ...] = ()  # of the config, which the command reads
 
 
-_CURRENT = "{run}: captioner of the last promoted round, else of sft"
-_ROUND = "{run}/round-{round}"
 _ENGINE = ("model", "views", "engine")
+_ROUND = (*_ENGINE, "qa", "tool", "golden", "pairs", "dpo", "evaluate", "gate")
 
 COMMANDS: dict[str, Command] = {
-    "sft": Command(
-        "loops.sft",
-        "supervised fine-tuning of the captioner",
-        ("model", "views", "sft"),
-        ("{config.model.path}", "{config.sft.data}", "{config.sft.validation}"),
-        ("{run}/sft",),
-    ),
-    "qa": Command(
-        "loops.qa",
-        "train the question answerer of a round, report its accuracy by kind of question",
-        (*_ENGINE, "qa"),
-        (_CURRENT, "{config.qa.data}"),
-        (_ROUND + "/qa",),
-    ),
+    "sft": Command("loops.sft:sft", "Fine-tune the captioner on captions", ("model", "views", "sft")),
+    "qa": Command("loops.qa:qa", "Train and measure the verifier of a round", (*_ENGINE, "qa")),
     "golden": Command(
-        "loops.golden",
-        "sample captions, measure the verifier, ask about every claim, write golden captions and pairs",
+        "loops.golden:golden",
+        "Sample captions, verify every claim, write golden captions and preference pairs",
         (*_ENGINE, "tool", "golden", "pairs"),
-        (_CURRENT, _ROUND + "/qa", "{config.golden.images}"),
-        tuple(f"{_ROUND}/{name}" for name in ("candidates", "planted", "claims", "golden", "pairs")),
     ),
     "dpo": Command(
-        "loops.dpo",
-        "preference training on the pairs of a round",
-        (*_ENGINE, "pairs", "dpo"),
-        (_CURRENT, _ROUND + "/golden", _ROUND + "/pairs", "{config.gate.data}", "{config.evaluate.data}"),
-        (_ROUND + "/dpo", _ROUND + "/captioner"),
+        "loops.dpo:dpo", "Train on the preference pairs of a round", ("model", "views", "pairs", "dpo")
     ),
-    "iterate": Command(
-        "loops.iterate",
-        "whole rounds: qa, golden, dpo, evaluate, gate",
-        (*_ENGINE, "qa", "tool", "golden", "pairs", "dpo", "gate"),
-        (_CURRENT, "{config.qa.data}", "{config.golden.images}", "{config.gate.data}"),
-        (_ROUND,),
-    ),
+    "iterate": Command("loops.iterate:iterate", "Run whole rounds: qa, golden, dpo, evaluate, gate", _ROUND),
     "caption": Command(
-        "loops.caption",
-        "caption a data set; resumable",
-        (*_ENGINE, "caption"),
-        ("{input}", "{config.caption.checkpoint}"),
-        ("{out}",),
+        "loops.caption:caption", "Caption a data set of any size; resumable", (*_ENGINE, "caption")
     ),
     "evaluate": Command(
-        "loops.evaluate",
-        "metrics with confidence intervals",
-        (*_ENGINE, "evaluate"),
-        ("{config.evaluate.data}",),
-        ("{run}/evaluation",),
+        "loops.evaluate:evaluate",
+        "Score captioners on held-out images, with confidence intervals",
+        (*_ENGINE, "evaluate", "gate"),
     ),
-    "report": Command("loops.report", "HTML report of a run", (), ("{run}",), ("{run}/report.html",)),
-    "review": Command("loops.review", "check claims of a round by hand, on a local page", (), ("{run}",)),
-    "export": Command(
-        "loops.export",
-        "write a captioner of the run as a stock checkpoint",
-        ("model",),
-        (_CURRENT,),
-        ("{out}",),
+    "report": Command("loops.report:report", "Write the HTML report of a run"),
+    "review": Command("loops.review:review", "Check claims of a round by hand, on a local page"),
+    "export": Command("loops.export:export", "Write a captioner as a stock checkpoint", ("model", "views")),
+    "serve": Command(
+        "loops.serve:serve", "Start a vLLM server with the right flags for a captioner", _ENGINE
     ),
-    "serve": Command("loops.serve", "start a vLLM server with the right flags for a captioner", _ENGINE),
-    "data": Command(
-        "loops.data",
-        "look at a data set, convert captions to other formats, filter or reformulate them",
-        ("tool",),
-        ("{folder}", "{images}"),
-        ("{out}",),
-    ),
-    "scenes": Command("loops.scenes", "render the procedural data set"),
-    "study": Command("loops.study", "a claim of the method as a table over seeds, on the scenes"),
+    "data stats": Command("loops.data:stats", "Print the numbers of a data set"),
+    "data convert": Command("loops.data:convert", "Write captions in another format"),
+    "data filter": Command("loops.data:filter", "Drop captions that were cut off or repeat across images"),
+    "data reformulate": Command("loops.data:reformulate", "Turn prose captions into shorthand", ("tool",)),
+    "scenes": Command("loops.scenes:scenes", "Draw procedural scenes as an image folder"),
+    "study": Command("loops.study:study", "Measure a claim of the method on scenes, over several seeds"),
     "demo": Command(
-        "loops.demo",
-        "the whole story on the embedded default, minutes on a CPU",
-        (*_ENGINE, "sft", "qa", "golden", "pairs", "dpo", "gate", "evaluate", "caption"),
-        ("{config.model.path}",),
-        ("{run}",),
+        "loops.demo:demo",
+        "Run the whole method on the built-in scenes, minutes on a CPU",
+        (*_ROUND, "sft", "caption"),
     ),
 }
 PARALLEL = ("sft", "qa", "golden", "dpo")  # commands that several processes may run together
+SETTINGS = """\
+Settings, the later the stronger: defaults, the run's stored config, FILE.toml, --section.field VALUE."""
+NOTES = f"""\
+`captioner COMMAND --help` lists the flags of a command, `--help SECTION` the settings of one section of the
+config, `--help-all` both.
+
+{SETTINGS}
+Exit codes: 0 done, 1 a bug in captioner, 2 an error that you can fix, 3 refused by a gate or limit."""
+HELP = ("-h", "--help", "--help-all")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -143,9 +102,13 @@ def rank() -> int:
 
     end_with(os.getppid(), lambda: os._exit(1))
     job = json.load(sys.stdin)
-    module = importlib.import_module(COMMANDS[job["command"]].module)
-    args = Args(**job["args"] | {"run_dir": Path(job["args"]["run_dir"])})
-    return _guarded(lambda: module.run(Config.model_validate(job["config"]), args) or 0)
+    verb = load(COMMANDS[job["command"]])
+
+    def work() -> int:
+        verb(job["run"], Config.model_validate(job["config"]), **job["flags"])
+        return 0
+
+    return _guarded(work)
 
 
 def _guarded(run: Callable[[], int]) -> int:
@@ -168,115 +131,139 @@ def _guarded(run: Callable[[], int]) -> int:
         return 141
 
 
-def _run(words: list[str]) -> int:
-    if not words or words[0] in ("-h", "--help"):
-        print(_overview())
-        return 0
-    name = words[0]
-    if name == "--version":
-        from captioner import __version__
-
-        print(f"captioner {__version__}")
-        return 0
-    command = COMMANDS.get(name)
-    if command is None:
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
-        mend = f"did you mean `captioner {near[0]}`?" if near else "`captioner --help` lists the commands"
-        raise ConfigError(f"unknown command {name}", mend=mend)
-    if name not in PARALLEL and _processes() > 1:
-        mend = "start it without torchrun or accelerate launch"
-        raise ConfigError(f"captioner {name} runs in one process", mend=mend)
-    module = importlib.import_module(command.module)
-    words, toml, overrides = _split_fields(words[1:])
-    args = _parser(name, command, module).parse_args(words, Args())
-    for flag, default in (("round", 1), ("rounds", None)):
-        vars(args).setdefault(flag, default)
-    config = _config(args.run_dir, toml or getattr(module, "TOML", None), overrides)
-    if args.dry_run:
-        print(_plan(name, command, module, config, args))
-        return 0
-    return module.run(config, args) or 0
-
-
 def _processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def _overview() -> str:
-    rows = [f"  {name:10}{command.help}" for name, command in COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: captioner COMMAND [FILE.toml] [--section.field VALUE ...] [--run DIR] [--dry-run]",
-            "",
-            "An image captioner that corrects itself, and captions whole datasets.",
-            "",
-            *rows,
-            "",
-            "`captioner COMMAND --help` lists the flags and fields of a command. Settings come from, the",
-            "later the stronger: defaults, the run's stored config, FILE.toml, --section.field VALUE.",
-            "Exit codes: 0 done, 1 a bug of ours, 2 you can mend it, 3 a gate or limit refused.",
-        ]
-    )
+def _run(words: list[str]) -> int:
+    if words[:1] == ["--version"]:
+        from captioner import __version__
+
+        print(f"captioner {__version__}")
+        return 0
+    name = " ".join(words[:2]) if " ".join(words[:2]) in COMMANDS else " ".join(words[:1])
+    if name not in COMMANDS:
+        print(_overview(name))
+        return 0
+    command, rest = COMMANDS[name], words[len(name.split()) :]
+    if asked := next((word for word in rest if word in HELP), None):
+        after = rest[rest.index(asked) + 1 :]
+        print(_help(name, asked == "--help-all", after[0] if after else None))
+        return 0
+    if name not in PARALLEL and _processes() > 1:
+        mend = "start it without torchrun or accelerate launch"
+        raise ConfigError(f"captioner {name} runs in one process", mend=mend)
+    verb = load(command)
+    module = sys.modules[verb.__module__]
+    rest, toml, overrides = _split_fields(rest)
+    flags = _parse(name, verb, rest)
+    run_dir, dry_run = flags.pop("run_dir"), flags.pop("dry_run")
+    config = _config(run_dir, toml or getattr(module, "TOML", None), overrides)
+    if dry_run:
+        _print_plan(name, module, run_dir, config, flags)
+        return 0
+    done = verb(run_dir, config, **flags)
+    return done if isinstance(done, int) else 0
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse that raises what the rest of the command line raises."""
+def load(command: Command) -> Callable[..., Any]:
+    """The function of a command."""
+    module, _, function = command.verb.partition(":")
+    verb: Callable[..., Any] = getattr(importlib.import_module(module), function)
+    return verb
 
-    def error(self, message: str) -> Any:
-        raise ConfigError(message, mend=f"{self.prog} --help")
+
+# ---------------------------------------------------------------- flags
 
 
-def _parser(name: str, command: Command, module: Any) -> argparse.ArgumentParser:
-    wide = shutil.get_terminal_size().columns
+def _parse(name: str, verb: Callable[..., Any], words: list[str]) -> dict[str, Any]:
+    """The arguments of the verb, and ``run_dir`` and ``dry_run``. Raises ConfigError."""
+    from cyclopts import CycloptsError, UnusedCliTokensError
 
-    class Help(argparse.RawDescriptionHelpFormatter):
-        def format_help(self) -> str:
-            return super().format_help() + _field_help(command.sections, wide)
+    try:
+        _, bound, _ = _app(name, verb).parse_args(words, print_error=False, exit_on_error=False)
+    except UnusedCliTokensError as error:
+        what = f"unexpected argument {' '.join(error.unused_tokens or ())}"
+        raise ConfigError(what, mend=f"captioner {name} --help") from error
+    except CycloptsError as error:
+        raise ConfigError(str(error), mend=f"captioner {name} --help") from error
+    bound.apply_defaults()
+    return dict(bound.arguments)
 
-    parser = _Parser(
-        prog=f"captioner {name}",
-        description=f"{command.help}\n\nA FILE.toml among the arguments is read as the config.",
-        formatter_class=Help,
-        allow_abbrev=False,
-        conflict_handler="resolve",  # a module's own flag of the same name wins
-    )
-    parser.add_argument("--run", dest="run_dir", type=Path, default=Path("runs/default"), metavar="DIR",
-                        help="run directory (default runs/default)")  # fmt: skip
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved plan and touch nothing")
-    parser.add_argument(
-        "--redo", action="store_true", help="make the stage anew, its old results are removed"
-    )
-    if any("{round}" in place for place in command.reads + command.writes):
-        parser.add_argument("--round", type=_round, default=1, metavar="N", help="round, from 1 (default 1)")
-    if name == "iterate":
-        parser.add_argument(
-            "--rounds", type=_rounds, metavar="A-B", help="several rounds one after the other"
+
+def _app(command: str, verb: Callable[..., Any]) -> App:
+    """The parser of a command: the parameters of its function but run and config, and the common ones."""
+    from cyclopts import App, Group, Parameter
+    from cyclopts.help import DefaultFormatter, PanelSpec
+    from rich.box import Box
+
+    own, common = Group("Options", sort_key=1), Group("Common options", sort_key=2)
+    keyword, hints, docs = inspect.Parameter.KEYWORD_ONLY, get_type_hints(verb), flags_of(COMMANDS[command])
+    parameters = [
+        parameter.replace(
+            annotation=Annotated[hints[name], _about(parameter, docs.get(name, ""))], kind=_kind(parameter)
         )
-    if name in (*PARALLEL, "iterate", "demo"):
-        parser.add_argument(
-            "--gpus",
-            type=int,
-            default=2 if name == "demo" else 1,
-            metavar="N",
-            help="processes, a GPU each (default %(default)s)",
-        )
-    if hasattr(module, "add_flags"):
-        module.add_flags(parser)
-    return parser
+        for name, parameter in inspect.signature(verb).parameters.items()
+        if name not in ("run", "config")
+    ]
+    run = Annotated[Path, Parameter(name="--run", help="Run directory.", group=common)]
+    parameters.append(inspect.Parameter("run_dir", keyword, default=Path("runs/default"), annotation=run))
+    says = "Print the plan and check its inputs; write nothing."
+    dry = Annotated[bool, Parameter(help=says, group=common, show_default=False)]
+    parameters.append(inspect.Parameter("dry_run", keyword, default=False, annotation=dry))
+
+    def flags(**_: Any) -> None: ...
+
+    flags.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    flags.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    blank = PanelSpec(box=Box("    \n" * 8), padding=(0, 1))
+    app = App(
+        name=f"captioner {command}",
+        help=COMMANDS[command].help + ".",
+        help_format="plaintext",
+        help_flags=(),
+        version_flags=(),
+        help_formatter=DefaultFormatter(panel_spec=blank),
+        default_parameter=Parameter(negative=()),
+        group_parameters=own,
+        group_arguments=Group("Arguments", sort_key=0),
+        usage=_usage(command, parameters),
+    )
+    app.default(flags)
+    return app
 
 
-def _round(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no round: a whole number from 1")
-    return int(text)
+def flags_of(command: Command) -> dict[str, str]:
+    """The parameters of a command's function but run and config, and what its docstring says of them."""
+    import docstring_parser
+
+    verb = load(command)
+    said = docstring_parser.parse(verb.__doc__ or "").params
+    docs = {each.arg_name: " ".join((each.description or "").split()) for each in said}
+    return {n: docs.get(n, "") for n in inspect.signature(verb).parameters if n not in ("run", "config")}
 
 
-def _rounds(text: str) -> list[int]:
-    first, _, last = text.partition("-")
-    rounds = list(range(_round(first), _round(last or first) + 1))
-    if not rounds:
-        raise argparse.ArgumentTypeError(f"{text!r} is no range of rounds such as 1-3")
-    return rounds
+def _kind(parameter: inspect.Parameter) -> Any:
+    """Without a default an argument by position, else a flag."""
+    if parameter.kind is parameter.POSITIONAL_OR_KEYWORD and parameter.default is parameter.empty:
+        return parameter.POSITIONAL_ONLY
+    return parameter.KEYWORD_ONLY
+
+
+def _about(parameter: inspect.Parameter, doc: str) -> Any:
+    from cyclopts import Parameter
+    from cyclopts.validators import Number
+
+    checked = Number(gte=1) if parameter.name == "round" else None
+    return Parameter(help=doc, validator=checked, show_default=parameter.default not in (False, None, ()))
+
+
+def _usage(name: str, parameters: Sequence[inspect.Parameter]) -> str:
+    places = [p.name.upper() for p in parameters if p.kind is p.POSITIONAL_ONLY]
+    return " ".join(["Usage: captioner", name, *places, "[FILE.toml] [OPTIONS] [--section.field VALUE ...]"])
+
+
+# ---------------------------------------------------------------- the config
 
 
 def _split_fields(words: list[str]) -> tuple[list[str], Path | None, dict[str, str]]:
@@ -316,46 +303,80 @@ def _config(run_dir: Path, toml: Path | None, overrides: dict[str, str]) -> Conf
     return config
 
 
-def _field_help(sections: Sequence[str], wide: int) -> str:
-    """A line per config field of the sections: name, default, what it is."""
+# ---------------------------------------------------------------- help and plans
+
+
+def _overview(group: str) -> str:
+    """Every command, or those of a group such as `data`. Raises ConfigError for another word."""
+    names = [name for name in COMMANDS if group in ("", *HELP) or name.startswith(f"{group} ")]
+    if not names:
+        near = difflib.get_close_matches(group, COMMANDS, n=1)
+        mend = f"did you mean `captioner {near[0]}`?" if near else "`captioner --help` lists the commands"
+        raise ConfigError(f"unknown command {group}", mend=mend)
+    rows = [f"  {name:18}{COMMANDS[name].help}" for name in names]
+    usage = "Usage: captioner COMMAND [FILE.toml] [OPTIONS] [--section.field VALUE ...]"
+    about = "Train an image captioner that corrects itself, and caption data sets with it."
+    return "\n".join([usage, "", about, "", *rows, "", NOTES])
+
+
+def _help(name: str, everything: bool, section: str | None) -> str:
+    """The flags of a command, with the settings of its sections, or those of one section alone."""
+    from rich.console import Console
+
+    from captioner.config import Config
+
+    width = shutil.get_terminal_size((100, 24)).columns
+    sections = COMMANDS[name].sections
+    if section in Config.model_fields:
+        return _field_help([section], width)
+    console = Console(width=width, highlight=False)
+    with console.capture() as capture:
+        _app(name, load(COMMANDS[name])).help_print([], console=console)
+    # rich puts a panel's title three columns in
+    text = "\n".join(re.sub("^   (?=[A-Z])", "", line.rstrip()) for line in capture.get().splitlines())
+    if everything:
+        return f"{text.rstrip()}\n\n{_field_help(['', *sections], width)}"
+    notes = [SETTINGS, "--seed and --max-failed are settings of every command."]
+    if sections:
+        one = f"`captioner {name} --help {sections[-1]}`"
+        notes.append(f"Sections: {', '.join(sections)}. {one} lists the fields of one, --help-all of all.")
+    return "\n".join([text.rstrip(), "", *(line for note in notes for line in textwrap.wrap(note, width))])
+
+
+def _field_help(sections: Sequence[str], width: int) -> str:
+    """A line per config field of the sections ("": those in none): name, default, what it is."""
     from captioner.config import Config, fields, shown, values
 
     defaults = dict(values(Config()))
-    lines = ["", "config fields (in FILE.toml, or as flags):"]
+    lines = ["Settings, in FILE.toml or as flags:"]
     for dotted, info in fields():
-        if _concerns(dotted, sections):
+        if _section(dotted) in sections:
             text = f"{info.description} (default {shown(defaults.get(dotted, info.default))})"
             lines.append(f"  --{dotted}")
-            lines += textwrap.wrap(text, max(wide, 48), initial_indent=" " * 8, subsequent_indent=" " * 8)
-    return "\n".join(lines) + "\n"
-
-
-def _concerns(dotted: str, sections: Sequence[str]) -> bool:
-    return "." not in dotted or dotted.partition(".")[0] in sections
-
-
-def _plan(name: str, command: Command, module: Any, config: Config, args: Args) -> str:
-    """What the command would be made with, read and write: by the module's ``plan``, else by the table."""
-    from captioner.config import Config, shown, values
-
-    slots = {**vars(args), "run": args.run_dir, "config": config}
-    defaults = dict(values(Config()))
-    lines = [f"captioner {name}: the plan (--dry-run touches nothing)", "config:"]
-    for dotted, value in values(config):
-        if _concerns(dotted, command.sections):
-            was = f"   # default {shown(defaults[dotted])}" if value != defaults.get(dotted, value) else ""
-            lines.append(f"  {dotted} = {shown(value)}{was}")
-    if hasattr(module, "plan"):
-        return "\n".join([*lines, *(f"{key}: {value}" for key, value in module.plan(config, args).items())])
-    for verb, templates in (("reads", command.reads), ("writes", command.writes)):
-        lines.append(f"{verb}:")
-        for template in templates:
-            place = template.format(**slots)
-            lines += [f"  {place}{_state(Path(place))}"] if place != "None" else []
+            lines += textwrap.wrap(text, max(width, 48), initial_indent=" " * 8, subsequent_indent=" " * 8)
     return "\n".join(lines)
 
 
-def _state(place: Path) -> str:
-    if (place / "stage.json").is_file():
-        return "   (done)"
-    return "   (begun, would continue)" if (place / "begun.json").is_file() else ""
+def _section(dotted: str) -> str:
+    return dotted.partition(".")[0] if "." in dotted else ""
+
+
+def _print_plan(name: str, module: Any, run_dir: Path, config: Config, flags: dict[str, Any]) -> None:
+    """What the command is made with, reads and writes. Raises RunError where an input is missing."""
+    from captioner.config import Config, shown, values
+    from captioner.runs import Run
+    from loops import stages
+
+    defaults = dict(values(Config()))
+    print(f"captioner {name}: the plan (--dry-run writes nothing)\nsettings:")
+    for dotted, value in values(config):
+        if _section(dotted) in ("", *COMMANDS[name].sections):
+            changed = value != defaults.get(dotted, value)
+            print(
+                f"  {dotted} = {shown(value)}"
+                + (f"   # default {shown(defaults[dotted])}" if changed else "")
+            )
+    run, wanted = Run(run_dir, config), inspect.signature(module.plan).parameters
+    plans = module.plan(run, **{flag: value for flag, value in flags.items() if flag in wanted})
+    print("\n".join(stages.shown(run, plans)))
+    stages.check_all(run, plans)

@@ -7,18 +7,18 @@ captioned. docs/formats.md names what is read and written.
 
 from __future__ import annotations
 
-import argparse
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
 
 from captioner.config import Config
 from captioner.errors import ConfigError, DataError, Refused
 from captioner.records import CaptionRow, read_parquet
-from captioner.runs import Shards, atomic_dir, progress
+from captioner.runs import Run, RunDir, Shards, atomic_dir, progress
 from captioner.sources import SCENES, resolve
 from captioner.sources.folder import (
     caption_shards,
@@ -29,120 +29,172 @@ from captioner.sources.folder import (
 )
 from captioner.sources.source import Item, open_source, read_shard
 from captioner.views import BadImage, load_image
+from loops.stages import StagePlan
 
-TEXTS = ("jsonl", "txt", "caption")  # of captions alone
-LAYOUTS = ("imagefolder", "kohya", "simpletuner", "webdataset", "parquet", "hf")  # with the images
-
-
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("action", choices=("stats", "convert", "filter", "reformulate"), help="what to do")
-    parser.add_argument(
-        "folder", metavar="SOURCE", help="output of `captioner caption`; of stats also a data set of images"
-    )
-    parser.add_argument("--out", metavar="OUTPUT", type=Path, help="new folder (convert to jsonl: new file)")
-    parser.add_argument(
-        "--to", choices=(*TEXTS, *LAYOUTS), default="jsonl", help="convert: the format (default jsonl)"
-    )
-    parser.add_argument(
-        "--images", metavar="SOURCE", help="convert: where the images are, as it was given to `caption`"
-    )
-    parser.add_argument(
-        "--tokenizer", metavar="DIR", type=Path, action="append", default=[],
-        help="convert: whole statements are dropped until the caption fits this tokenizer's text encoder; "
-        "several lengths: name it again",
-    )  # fmt: skip
-    parser.add_argument(
-        "--max-tokens", metavar="N", type=int, action="append", default=[],
-        help="convert: the budget, one per --tokenizer, tokens the encoder adds not counted: CLIP 75 "
-        "(default: what the tokenizer says)",
-    )  # fmt: skip
-    parser.add_argument("--ended", action="store_true", help="filter: drop captions cut at the token limit")
-    parser.add_argument(
-        "--max-repeats", metavar="N", type=int, help="filter: drop captions that more than N images have"
-    )
+Texts = Literal["jsonl", "txt", "caption"]  # of captions alone
+Layouts = Literal["imagefolder", "kohya", "simpletuner", "webdataset", "parquet", "hf"]  # with the images
 
 
-def run(config: Config, args: argparse.Namespace) -> int:
-    """Raises Refused where more than ``max_failed`` of the captions could not be written."""
-    if args.action == "stats":
-        captions = caption_shards(Path(args.folder))
-        print("\n".join(_captioned(Path(args.folder)) if captions else _images(args.folder)))
-        return 0
-    if args.out is None:
-        mend = f"captioner data {args.action} {args.folder} --out OUTPUT"
-        raise ConfigError("no output to write", where="--out", mend=mend)
-    if args.out.exists():
-        mend = "name a new --out, or remove it first"
-        raise ConfigError("the output exists already", where=str(args.out), mend=mend)
-    if args.action == "reformulate":
-        return _reformulate(config, args)
-    if args.action == "filter":
-        print(_filter(Path(args.folder), args.out, args.ended, args.max_repeats))
-        return 0
-    skipped: Counter[str] = Counter()
-    written = _convert(args, skipped)
-    print(f"{written:,} rows, {skipped.total():,} skipped: {args.out}")
-    for reason, count in skipped.most_common():
-        print(f"  {count:,} {reason}")
-    if skipped.total() > config.max_failed * (written + skipped.total()):
-        raise Refused(
-            f"{skipped.total():,} captions were not written, more than max_failed = {config.max_failed:.1%}",
-            where=str(args.out),
-            mend="the others are written: see the reasons, or allow more with --max-failed",
-        )
-    return 0
+def plan(run: Run, source: str, out: Path | None = None, images: str | None = None) -> list[StagePlan]:
+    """What is read and written."""
+    inputs: dict[str, Path | str] = {"source": source}
+    if images:
+        inputs["images"] = images
+    return [StagePlan("", inputs, outputs=[out] if out else [])]
 
 
-def _reformulate(config: Config, args: argparse.Namespace) -> int:
-    """An image folder with prose captions -> one with shorthand, for SFT."""
-    from captioner.method.reformulate import reformulate
+def stats(run: RunDir, config: Config, source: str) -> None:
+    """Print the numbers of a data set.
+
+    Args:
+        run: Not read.
+        config: Settings; none is read.
+        source: Output of `captioner caption`, or a data set of images.
+    """
+    captions = caption_shards(Path(source))
+    print("\n".join(_captioned(Path(source)) if captions else _images(source)))
+
+
+def filter(
+    run: RunDir,
+    config: Config,
+    source: str,
+    *,
+    out: Path,
+    ended: bool = False,
+    max_repeats: int | None = None,
+) -> Path:
+    """Copy the captions that pass; returns their folder.
+
+    Args:
+        run: Not read.
+        config: Settings; none is read.
+        source: Output of `captioner caption`.
+        out: Folder to write; a new one.
+        ended: Drop captions that were cut at the token limit.
+        max_repeats: Drop captions that more than this many images have.
+    """
+    _check_free(out)
+    print(_filter(Path(source), out, ended, max_repeats))
+    return out
+
+
+def reformulate(run: RunDir, config: Config, source: str, *, out: Path) -> Path:
+    """Make the set for SFT: prose captions of an image folder become shorthand; returns the new folder.
+
+    Args:
+        run: Run directory that keeps the answers of the tool LLM.
+        config: Settings; `tool` is read.
+        source: Image folder with prose captions.
+        out: Folder to write; a new one.
+
+    Raises:
+        Refused: more than `max_failed` of the captions failed.
+    """
+    from captioner.method import reformulate as method
     from captioner.method.tool import make_tool
 
-    tool = make_tool(config.tool, args.run_dir / "tool")
+    _check_free(out)
+    home = run.path if isinstance(run, Run) else Path(run)
+    tool = make_tool(config.tool, home / "tool")
     try:
-        count, failed = reformulate(Path(args.folder), args.out, tool)
+        count, failed = method.reformulate(Path(source), out, tool)
     finally:
         tool.close()
-    print(f"{count:,} captions reformulated, {len(failed):,} failed: {args.out}")
+    print(f"{count:,} captions reformulated, {len(failed):,} failed: {out}")
     if len(failed) > config.max_failed * (count + len(failed)):
         raise Refused(
             f"{len(failed):,} captions failed, more than max_failed = {config.max_failed:.1%}",
-            where=str(args.out / "failed"),
+            where=str(out / "failed"),
             mend="the others are written: see the reasons, or allow more with --max-failed",
         )
-    return 0
+    return out
+
+
+def _check_free(out: Path) -> None:
+    if out.exists():
+        mend = "name a new --out, or remove it first"
+        raise ConfigError("the output exists already", where=str(out), mend=mend)
 
 
 # ---------------------------------------------------------------- convert
 
 
-def _convert(args: argparse.Namespace, skipped: Counter[str]) -> int:
-    """Write ``args.out``, published by rename; returns how many captions it holds."""
+def convert(
+    run: RunDir,
+    config: Config,
+    source: str,
+    *,
+    out: Path,
+    to: Texts | Layouts = "jsonl",
+    images: str | None = None,
+    tokenizer: Sequence[Path] = (),
+    max_tokens: Sequence[int] = (),
+) -> Path:
+    """Write captions in another format; returns what was written.
+
+    Args:
+        run: Not read.
+        config: Settings; only `max_failed` is read.
+        source: Output of `captioner caption`.
+        out: Folder to write (jsonl: file); a new one.
+        to: The format.
+        images: Where the images are, as given to `captioner caption`; for formats that hold them.
+        tokenizer: Drop whole statements until the caption fits the text encoder of this tokenizer; give it
+            again for further lengths.
+        max_tokens: The budget, one per tokenizer, without the tokens that the encoder adds (CLIP: 75); else
+            what the tokenizer says.
+
+    Raises:
+        Refused: more than `max_failed` of the captions could not be written.
+    """
+    _check_free(out)
+    skipped: Counter[str] = Counter()
+    written = _convert(source, out, to, images, _lengths(tokenizer, max_tokens), skipped)
+    print(f"{written:,} rows, {skipped.total():,} skipped: {out}")
+    for reason, count in skipped.most_common():
+        print(f"  {count:,} {reason}")
+    if skipped.total() > config.max_failed * (written + skipped.total()):
+        raise Refused(
+            f"{skipped.total():,} captions were not written, more than max_failed = {config.max_failed:.1%}",
+            where=str(out),
+            mend="the others are written: see the reasons, or allow more with --max-failed",
+        )
+    return out
+
+
+def _convert(
+    source: str,
+    out: Path,
+    to: str,
+    images: str | None,
+    lengths: dict[str, partial[str]],
+    skipped: Counter[str],
+) -> int:
+    """Write ``out``, published by rename; returns how many captions it holds."""
     from captioner.layouts.writers import join, layouts, repaired
 
-    lengths = _lengths(args.tokenizer, args.max_tokens)
-    rows = read_captions(Path(args.folder))
-    if args.to == "jsonl":
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        return write_jsonl(rows, args.out, lambda row: repaired(row.caption or "", lengths))
-    if args.to in TEXTS:
-        with atomic_dir(args.out) as part:
-            return _sidecars(rows, part, f".{args.to}", next(iter(lengths.values()), str), skipped)
-    if args.images is None:
-        mend = f"captioner data convert {args.folder} --to {args.to} --out {args.out} --images SOURCE"
-        raise ConfigError(f"{args.to} holds the images, too", where="--images", mend=mend)
-    images = args.images
+    rows = read_captions(Path(source))
+    if to == "jsonl":
+        out.parent.mkdir(parents=True, exist_ok=True)
+        return write_jsonl(rows, out, lambda row: repaired(row.caption or "", lengths))
+    if to in get_args(Texts):
+        with atomic_dir(out) as part:
+            return _sidecars(rows, part, f".{to}", next(iter(lengths.values()), str), skipped)
+    if images is None:
+        mend = f"captioner data convert {source} --to {to} --out {out} --images SOURCE"
+        raise ConfigError(f"{to} holds the images, too", where="--images", mend=mend)
     if images.startswith(SCENES):  # which `caption` rendered into its output
-        images = str(resolve(images, cache=Path(args.folder) / ".scenes"))
-    with atomic_dir(args.out) as part:
+        images = str(resolve(images, cache=Path(source) / ".scenes"))
+    with atomic_dir(out) as part:
         index = part / ".captions.sqlite"
         joined = join(rows, images, lengths, skipped, index)
-        count = layouts(args.out.resolve())[args.to](joined, part, skipped)
+        count = layouts(out.resolve())[to](joined, part, skipped)
         index.unlink()
         return count
 
 
-def _lengths(tokenizers: list[Path], budgets: list[int]) -> dict[str, partial[str]]:
+def _lengths(tokenizers: Sequence[Path], budgets: Sequence[int]) -> dict[str, partial[str]]:
     """Column -> what repairs a caption to its budget."""
     if budgets and len(budgets) != len(tokenizers):
         mend = "--tokenizer DIR --max-tokens 75, and so on for every length"

@@ -8,8 +8,6 @@ table over the seeds.
 
 from __future__ import annotations
 
-import argparse
-import copy
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -25,60 +23,62 @@ from captioner.config import Config
 from captioner.errors import Refused
 from captioner.judges import metrics
 from captioner.judges.metrics import Counts
-from captioner.runs import Run, atomic_write_json, console
+from captioner.runs import Run, RunDir, atomic_write_json, console
 from captioner.sources import resolve
 from loops import caption, evaluate, iterate, report, sft
-from loops.iterate import arguments
+from loops.stages import StagePlan
 
 TOML = Path(__file__).with_name("demo.toml")  # the command line reads it where no other is named
 ROUNDS = (1, 2)
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--seeds", type=int, default=1, metavar="N", help="runs with seeds 0 to N-1 (default 1)"
-    )
+def plan(run: Run) -> list[StagePlan]:
+    """What the first stage reads, is made with and writes; the others build on it."""
+    return [*sft.plan(run), StagePlan("", {}, outputs=[run.path / "captions", run.path / "report.html"])]
 
 
-def run(config: Config, args: argparse.Namespace) -> int:
-    """Every stage from where it stands. A round that its gate refuses ends the rounds, not the demo."""
-    if args.seeds > 1:
-        return over_seeds(config, args)
-    run_once(config, args)
-    return 0
+def demo(run: RunDir, config: Config, *, seeds: int = 1, gpus: int = 2, redo: bool = False) -> Path:
+    """Make every stage from where it stands, with two rounds; returns the table, evaluation.json.
+
+    A round that its gate refuses ends the rounds, not the demo.
+
+    Args:
+        run: Run directory; made if it does not exist.
+        config: Settings; loops/demo.toml where the command names no file.
+        seeds: Number of runs, with seeds 0 to N-1.
+        gpus: Processes of the stages that train or sample.
+        redo: Remove the results of the stages and make them anew.
+    """
+    home = run.path if isinstance(run, Run) else Path(run)
+    if seeds > 1:
+        over_seeds(config, home, seeds, redo=redo, gpus=gpus)
+    else:
+        run_once(config, home, redo=redo, gpus=gpus)
+    return home / "evaluation.json"
 
 
-def run_once(config: Config, args: argparse.Namespace) -> None:
+def run_once(config: Config, home: Path, *, redo: bool, gpus: int) -> None:
     """One run, from SFT to the report."""
     times: dict[str, float] = {}
     started = time.monotonic()
     with _timed(times, "sft"):
-        sft.run(config, arguments(sft, args))
-    run = Run.open(args.run_dir, config, create=False)
+        sft.sft(home, config, redo=redo, gpus=gpus)
+    run = Run.open(home, config, create=False)
     for number in ROUNDS:
         with _timed(times, f"round {number}"):
-            promoted = _round(run, number, args)
+            promoted = _round(run, number, redo, gpus)
         if not promoted:
             break
     with _timed(times, "evaluation"):
         # the table is printed at the end, where it is looked for
-        summary, _ = evaluate.evaluate(run, evaluate.run_entries(run, config), config.evaluate.data)
+        summary, _ = evaluate.score(run, evaluate.run_entries(run, config), config.evaluate.data)
         atomic_write_json(run.path / "evaluation.json", summary)
     with _timed(times, "captions"):
         out = run.path / "captions"
-        folder = resolve(config.evaluate.data, run)
-        words = [
-            str(folder),
-            "--out",
-            str(out),
-            "--format",
-            "jsonl",
-            "--checkpoint",
-            str(run.newest_captioner()),
-        ]
-        caption.run(config, arguments(caption, args, words))
+        folder, checkpoint = str(resolve(config.evaluate.data, run)), str(run.newest_captioner())
+        caption.caption(run, config, folder, out=out, format="jsonl", checkpoint=checkpoint, redo=redo)
     with _timed(times, "report"):
-        report.run(config, arguments(report, args))
+        report.report(run, config)
     evaluate.print_table(summary)
     print(f"captions: {out / 'captions.jsonl'}")
     print(f"report:   {run.path / 'report.html'}")
@@ -86,29 +86,26 @@ def run_once(config: Config, args: argparse.Namespace) -> None:
     print(f"demo done in {time.monotonic() - started:.0f} s ({parts})")
 
 
-def over_seeds(config: Config, args: argparse.Namespace) -> int:
+def over_seeds(config: Config, home: Path, seeds: int, *, redo: bool, gpus: int) -> None:
     """The demo once per seed, then the table over seeds: images and seeds are both resampled."""
-    home, counts, accuracies = args.run_dir, list[list[list[Counts]]](), list[dict[str, Any]]()
+    counts, accuracies = list[list[list[Counts]]](), list[dict[str, Any]]()
     summary: dict[str, Any] = {}
-    for seed in range(args.seeds):
-        one = copy.copy(args)
-        one.run_dir = home / f"seed-{seed}"
+    for seed in range(seeds):
         settings = config.model_copy(update={"seed": config.seed + seed})
-        run_once(settings, one)
-        run = Run.open(one.run_dir, settings, create=False)
-        summary, of_seed = evaluate.evaluate(run, _kept(run, settings), config.evaluate.data)
+        run_once(settings, home / f"seed-{seed}", redo=redo, gpus=gpus)
+        run = Run.open(home / f"seed-{seed}", settings, create=False)
+        summary, of_seed = evaluate.score(run, _kept(run, settings), config.evaluate.data)
         counts.append(of_seed)
         last = run.path / f"round-{ROUNDS[-1]}" / "qa" / "accuracy.json"
         accuracies += [json.loads(last.read_text(encoding="utf-8"))] if last.is_file() else []
     names = [one["name"] for one in summary["captioners"]]
     pooled = _pooled(names, counts, config.evaluate.bootstrap)
-    data = f"{config.evaluate.data}, {args.seeds} seeds"
+    data = f"{config.evaluate.data}, {seeds} seeds"
     pooled |= {"data": data, "images": summary["images"]}
     atomic_write_json(home / "evaluation.json", pooled)
     evaluate.print_table(pooled)
     _print_verifier(accuracies)
     print(f"table: {home / 'evaluation.json'}")
-    return 0
 
 
 def _kept(run: Run, config: Config) -> list[evaluate.Entry]:
@@ -152,11 +149,11 @@ def _print_verifier(accuracies: Sequence[dict[str, Any]]) -> None:
     console().print(table)
 
 
-def _round(run: Run, number: int, args: argparse.Namespace) -> bool:
+def _round(run: Run, number: int, redo: bool, gpus: int) -> bool:
     """Whether the round was promoted. Raises Refused where neither its gate nor an alarm stopped it."""
     gate, alarm = (run.path / f"round-{number}" / name for name in ("gate.json", "dpo/alarm.json"))
     try:
-        iterate.run_round(run, number, args)
+        iterate.run_round(run, number, redo=redo, gpus=gpus)
     except Refused as refusal:
         stopped = gate if gate.is_file() else alarm
         if not stopped.is_file() or json.loads(stopped.read_text(encoding="utf-8")).get("promoted"):

@@ -8,8 +8,6 @@ good checkpoint.
 
 from __future__ import annotations
 
-import argparse
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,35 +17,60 @@ from captioner.errors import RunError
 from captioner.fit import distributed
 from captioner.method import pairs as pairing
 from captioner.records import Claim, Golden, Pair
-from captioner.runs import Run, Shards, hash_path, is_main, remove_dir
+from captioner.runs import Run, RunDir, Shards, Stage, hash_path, input_of, is_main, remove_dir
 from captioner.sources import resolve
 from captioner.sources.folder import read_folder
 from captioner.statements import normalise
+from loops.stages import StagePlan, begin
 
 
-def run(config: Config, args: argparse.Namespace) -> int:
-    """The dpo stage of a round."""
-    if distributed.wanted(args):
-        return distributed.launch("dpo", config, args)
-    run = Run.open(args.run_dir, config, create=False)
-    start = run.current_captioner(args.round)
-    home = run.stage_dir(f"round-{args.round}")
-    golden, pairs = _done(run, args.round, "golden"), _done(run, args.round, "pairs")
-    images = _images(_done(run, args.round, "candidates"))
+def plan(run: Run, round: int) -> list[StagePlan]:
+    """What the stage reads, is made with and writes."""
+    config, home = run.config, run.stage_dir(f"round-{round}")
     section = {"dpo": config.dpo, "pairs": config.pairs, "views": config.views, "dtype": config.model.dtype}
-    inputs = {"captioner": start, "golden": golden, "pairs": pairs, "images": images}
-    if weighted := (config.dpo.refuted_weight, config.dpo.confirmed_weight) != (1.0, 1.0):
-        inputs["claims"] = _done(run, args.round, "claims")
-    origin = run.captioner_dir(0) if config.dpo.alarms.every and config.dpo.alarms.max_kl else None
-    if origin:
-        inputs["origin"] = origin
+    inputs: dict[str, Path | str] = {"captioner": run.current_captioner(round)}
+    inputs |= {"golden": home / "golden", "pairs": home / "pairs", "images": _images(run, round)}
+    if (config.dpo.refuted_weight, config.dpo.confirmed_weight) != (1.0, 1.0):
+        inputs["claims"] = home / "claims"
+    if config.dpo.alarms.every and config.dpo.alarms.max_kl:
+        inputs["origin"] = run.captioner_dir(0)
+    return [StagePlan(f"round-{round}/dpo", inputs, section, outputs=[home / "captioner"])]
+
+
+def dpo(run: RunDir, config: Config, round: int = 1, *, redo: bool = False, gpus: int = 1) -> Path:
+    """Train on the preference pairs of a round; returns the checkpoint of the round's captioner.
+
+    Args:
+        run: Run directory with the golden captions and pairs of the round.
+        config: Settings; `model`, `views`, `pairs` and `dpo` are read, `gate.data` and `evaluate.data` too.
+        round: Number of the round, from 1.
+        redo: Remove the results of this stage and make them anew.
+        gpus: Processes to start, one per GPU.
+
+    Raises:
+        Refused: the linter dropped too many pairs, or an alarm stopped the training.
+    """
+    if distributed.wanted(gpus):
+        distributed.launch("dpo", run, config, gpus, round=round, redo=redo)
+        return Run.open(run, config).captioner_dir(round)
+    run = Run.open(run, config, create=False)
+    [planned] = plan(run, round)
     with distributed.main_first(config.model.device):
-        stage = run.stage(f"round-{args.round}/dpo", section, inputs, redo=args.redo)
+        stage = begin(run, planned, redo)
         if is_main() and not stage.done:
-            remove_dir(home / "captioner")
+            remove_dir(run.captioner_dir(round))
     if stage.done:
         print(f"dpo was done before: {stage.dir}")
-        return 0
+    else:
+        _train(run, stage, round)
+    return run.captioner_dir(round)
+
+
+def _train(run: Run, stage: Stage, round: int) -> None:
+    """Lint the pairs, train the reference and the captioner from it, and finish the stage."""
+    config, inputs = run.config, stage.inputs
+    start, golden, pairs, images = (inputs[name] for name in ("captioner", "golden", "pairs", "images"))
+    target = run.captioner_dir(round)
     rows = Shards(pairs, Pair).read_all()
     if not rows:
         mend = "look at the claims; --pairs.min_refuted 0 pairs every sample"
@@ -63,10 +86,10 @@ def run(config: Config, args: argparse.Namespace) -> int:
         if not reference.is_dir():
             metrics = golden_sft(config, start, captions, rows, paths, stage.dir / "golden-sft", reference)
         distributed.barrier()  # rank 0 publishes the reference
-    judged = verdicts(inputs["claims"]) if weighted else {}
-    metrics |= prefer(config, reference, rows, paths, stage.dir, home / "captioner", origin, judged)
+    judged = verdicts(inputs["claims"]) if "claims" in inputs else {}
+    metrics |= prefer(config, reference, rows, paths, stage.dir, target, inputs.get("origin"), judged)
     if not is_main():
-        return 0
+        return
     shutil.rmtree(stage.dir / "golden-sft" / "checkpoints", ignore_errors=True)
     shutil.rmtree(stage.dir / "checkpoints")
     steps = config.dpo.training.steps
@@ -78,12 +101,11 @@ def run(config: Config, args: argparse.Namespace) -> int:
         reference={"path": str(where), "hash": hash_path(reference)},
     )
     print(
-        f"round {args.round}: {steps} steps on {len(rows)} pairs against {where}, "
+        f"round {round}: {steps} steps on {len(rows)} pairs against {where}, "
         f"log-probability of chosen {metrics['logps/chosen']:.1f}, of rejected "
         f"{metrics['logps/rejected']:.1f}, preferred {metrics['rewards/accuracies']:.0%}: "
-        f"{home / 'captioner'}"
+        f"{target}"
     )
-    return 0
 
 
 def linted(run: Run, rows: Sequence[Pair], checkpoint: Path) -> tuple[list[Pair], dict[str, float]]:
@@ -196,16 +218,9 @@ def _seeded(config: Config, **changes: float) -> TrainingConfig:
     return config.dpo.training.model_copy(update={"seed": seed, **changes})
 
 
-def _done(run: Run, number: int, name: str) -> Path:
-    """The directory of a finished stage of the round. Raises RunError naming the command that makes it."""
-    folder = run.stage_dir(f"round-{number}/{name}")
-    if not (folder / "stage.json").is_file():
-        mend = f"captioner golden --round {number} --run {run.path}"
-        raise RunError(f"round {number} has no {name} yet", where=str(folder), mend=mend)
-    return folder
+def _images(run: Run, round: int) -> Path | str:
+    """The image folder that the candidates of a round were sampled from, as their manifest names it.
 
-
-def _images(candidates: Path) -> Path:
-    """The image folder that the candidates were sampled from, as their manifest names it."""
-    manifest = json.loads((candidates / "stage.json").read_text(encoding="utf-8"))
-    return (candidates / manifest["input_paths"]["images"]).resolve()
+    Before they were sampled: what the config names.
+    """
+    return input_of(run.stage_dir(f"round-{round}/candidates"), "images") or run.config.golden.images

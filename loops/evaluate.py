@@ -9,7 +9,6 @@ same images.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import math
@@ -32,6 +31,7 @@ from captioner.records import CaptionRow
 from captioner.report.report import cell
 from captioner.runs import (
     Run,
+    RunDir,
     Shards,
     atomic_write_json,
     checkpoint_path,
@@ -43,6 +43,7 @@ from captioner.runs import (
 from captioner.sources import questions, resolve
 from captioner.sources.folder import ImageRow, load_row, read_folder
 from captioner.views import BadImage
+from loops.stages import StagePlan
 
 COLUMNS = {
     "precision": "Precision",
@@ -65,57 +66,63 @@ class Entry:
     prose: bool = False
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    help_round = "compare round N with its start, on gate.data (default: the whole run, on evaluate.data)"
-    parser.add_argument("--round", type=int, metavar="N", help=help_round)
-    parser.add_argument(
-        "--checkpoint",
-        type=Path,
-        nargs="+",
-        default=[],
-        metavar="DIR",
-        help="stock captioners to add to the table",
-    )
-    help_questions = "yes/no questions instead of captions: folder, question file, or scenes:SPLIT:COUNT"
-    parser.add_argument("--questions", metavar="DATA", help=help_questions)
+def plan(
+    run: Run, round: int | None = None, checkpoint: Sequence[Path] = (), questions: str | None = None
+) -> list[StagePlan]:
+    """What is read and written."""
+    entries, source, where = _what(run, round, checkpoint)
+    inputs: dict[str, Path | str] = {entry.name: entry.checkpoint for entry in entries}
+    inputs |= {"questions": questions} if questions else {"images": source}
+    return [StagePlan("", inputs, outputs=[where / ("questions.json" if questions else "evaluation.json")])]
 
 
-def plan(config: Config, args: argparse.Namespace) -> dict[str, Any]:
-    run = Run(args.run_dir, config)
-    entries, source, where = _what(run, args)
-    captioners = ", ".join(f"{entry.name} ({entry.checkpoint})" for entry in entries)
-    if args.questions:
-        return {"captioners": captioners, "questions": args.questions, "writes": where / "questions.json"}
-    return {"captioners": captioners, "images": source, "writes": where / "evaluation.json"}
-
-
-def _what(run: Run, args: argparse.Namespace) -> tuple[list[Entry], str, Path]:
+def _what(run: Run, round: int | None, checkpoints: Sequence[Path]) -> tuple[list[Entry], str, Path]:
     """The captioners, the images, and where evaluation.json goes."""
-    if args.round is None:
-        extra = [Entry(path.name, _existing(path)) for path in args.checkpoint]
+    if round is None:
+        extra = [Entry(path.name, _existing(path)) for path in map(Path, checkpoints)]
         return [*run_entries(run, run.config), *extra], run.config.evaluate.data, run.path
-    if args.round < 1 or args.checkpoint:
+    if round < 1 or checkpoints:
         raise ConfigError("--round takes a whole number from 1, and no --checkpoint beside it")
-    return round_entries(run, args.round), run.config.gate.data, run.path / f"round-{args.round}"
+    return round_entries(run, round), run.config.gate.data, run.path / f"round-{round}"
 
 
-def run(config: Config, args: argparse.Namespace) -> int:
-    """Write evaluation.json (of the run, or of the round) and print its table."""
-    run = Run.open(args.run_dir, config, create=bool(args.checkpoint))
-    entries, source, where = _what(run, args)
-    if args.questions:
-        ask(run, entries, args.questions, where / "questions.json")
-        return 0
-    if args.round is not None:
-        summary, _ = evaluate_round(run, args.round, redo=args.redo)
+def evaluate(
+    run: RunDir,
+    config: Config,
+    round: int | None = None,
+    *,
+    checkpoint: Sequence[Path] = (),
+    questions: str | None = None,
+    redo: bool = False,
+) -> Path:
+    """Score the captioners of a run, print the table and write it; returns the file.
+
+    Args:
+        run: Run directory; made if it does not exist and checkpoints are given.
+        config: Settings; `model`, `views`, `engine` and `evaluate` are read, `gate.data` for a round.
+        round: Compare this round with its start, on `gate.data`; otherwise the whole run, on `evaluate.data`.
+        checkpoint: A captioner to add to the table; may be given several times.
+        questions: Ask yes/no questions instead: a folder, a question file, or scenes:SPLIT:COUNT.
+        redo: Make the captions anew.
+
+    Raises:
+        Refused: more than `max_failed` of the images or questions failed.
+    """
+    run = Run.open(run, config, create=bool(checkpoint))
+    entries, source, where = _what(run, round, checkpoint)
+    if questions:
+        ask(run, entries, questions, where / "questions.json")
+        return where / "questions.json"
+    if round is not None:
+        summary, _ = evaluate_round(run, round, redo=redo)
     else:
-        summary, _ = evaluate(run, entries, source, redo=args.redo)
+        summary, _ = score(run, entries, source, redo=redo)
         atomic_write_json(where / "evaluation.json", summary)
     print_table(summary)
     print(
         f"{len(summary['captioners'])} captioners on {summary['images']} images: {where / 'evaluation.json'}"
     )
-    return 0
+    return where / "evaluation.json"
 
 
 def evaluate_round(run: Run, number: int, *, redo: bool = False) -> tuple[dict[str, Any], list[list[Counts]]]:
@@ -125,7 +132,7 @@ def evaluate_round(run: Run, number: int, *, redo: bool = False) -> tuple[dict[s
     """
     home = run.path / f"round-{number}"
     entries = round_entries(run, number)
-    summary, counts = evaluate(run, entries, run.config.gate.data, redo=redo)
+    summary, counts = score(run, entries, run.config.gate.data, redo=redo)
     folder = input_of(home / "candidates", "images")
     if folder is not None:
         shown = read_folder(folder, captions=False)[:EXAMPLES]
@@ -224,7 +231,7 @@ def ask(run: Run, entries: Sequence[Entry], source: str, out: Path) -> None:
 # ---------------------------------------------------------------- captions
 
 
-def evaluate(
+def score(
     run: Run, entries: Sequence[Entry], source: str, *, redo: bool = False
 ) -> tuple[dict[str, Any], list[list[Counts]]]:
     """The content of evaluation.json, and the counts of each captioner on the images that could be read.

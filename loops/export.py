@@ -7,15 +7,15 @@ vLLM, and its README.md says how it was trained and what it reaches.
 
 from __future__ import annotations
 
-import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from captioner.config import Config
-from captioner.errors import RunError
-from captioner.runs import Run, checkpoint_path, hash_path
+from captioner.errors import ConfigError, RunError
+from captioner.runs import Run, RunDir, checkpoint_path, hash_path
+from loops.stages import StagePlan
 
 if TYPE_CHECKING:
     from captioner.models.model import Captioner
@@ -24,72 +24,76 @@ if TYPE_CHECKING:
 VERIFIED = 4  # prompts that --verify compares
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--out", metavar="DIR", type=Path, required=True, help="directory to write; a new one"
-    )
-    parser.add_argument(
-        "--adapter",
-        metavar="DIR",
-        type=Path,
-        help="adapter to fuse into --model.path (default: the run's captioner)",
-    )
-    parser.add_argument(
-        "--multiple",
-        type=_positive,
-        default=1,
-        metavar="N",
-        help="pad inner widths with zeros to a multiple of N, for tensor parallelism (default 1)",
-    )
-    parser.add_argument(
-        "--verify",
-        action="store_true",
-        help=f"compare the logits of {VERIFIED} prompts before and after; refuse if they differ",
-    )
+def plan(run: Run, out: Path, adapter: Path | None = None) -> list[StagePlan]:
+    """What is read and written."""
+    inputs: dict[str, Path | str] = {"checkpoint": _source(run if adapter is None else None, run.config)}
+    if adapter:
+        inputs["adapter"] = adapter
+    return [StagePlan("", inputs, outputs=[out])]
 
 
-def run(config: Config, args: argparse.Namespace) -> int:
-    """Export into ``args.out``; raises RunError where something else is there."""
+def export(
+    run: RunDir,
+    config: Config,
+    *,
+    out: Path,
+    adapter: Path | None = None,
+    multiple: int = 1,
+    verify: bool = False,
+    redo: bool = False,
+) -> Path:
+    """Write a captioner as a stock checkpoint; returns its directory.
+
+    Args:
+        run: Run directory whose newest captioner is written where no adapter is named.
+        config: Settings; `model` is read.
+        out: Directory to write; a new one.
+        adapter: Adapter to fuse into `model.path`, instead of the run's captioner.
+        multiple: Pad inner widths with zeros to a multiple of this, for tensor parallelism.
+        verify: Compare the logits of four prompts before and after; refuse if they differ.
+        redo: Replace a checkpoint that is there.
+
+    Raises:
+        RunError: something that is no checkpoint stands at `out`.
+    """
     from captioner.models import adapters, fuse, model, soft_prompt
 
-    _check_free(args.out, args.redo)
-    if args.adapter:
-        source = checkpoint_path(config.model.path)
-    else:
-        source = Run.open(args.run_dir, config, create=False).newest_captioner()
+    if multiple < 1:
+        raise ConfigError(f"--multiple {multiple} must be at least 1")
+    out = Path(out)
+    _check_free(out, redo)
+    source = _source(Run.open(run, config, create=False) if adapter is None else None, config)
     dtype = config.model.dtype if config.model.dtype != "auto" else model.stored_dtype(source)
     stored = {"path": str(source), "dtype": dtype, "device": "cpu", "load_in_4bit": False}
     captioner = model.load(config.model.model_copy(update=stored))
     name = None
-    if args.adapter and (args.adapter / adapters.CONFIG_FILE).is_file():
+    if adapter and (adapter / adapters.CONFIG_FILE).is_file():
         name = "captioner"
-        adapters.load(captioner, name, args.adapter)
-    if args.adapter and (args.adapter / soft_prompt.FILE).is_file():
-        soft_prompt.load(captioner, args.adapter)
-    elif args.adapter and name is None:
-        raise RunError("the directory holds no adapter", where=str(args.adapter), mend="name RUN/sft/adapter")
+        adapters.load(captioner, name, adapter)
+    if adapter and (adapter / soft_prompt.FILE).is_file():
+        soft_prompt.load(captioner, adapter)
+    elif adapter and name is None:
+        raise RunError("the directory holds no adapter", where=str(adapter), mend="name RUN/sft/adapter")
     captioner.views = config.views.over(captioner.views)
-    made = args.adapter.parent if args.adapter else source.parent
+    made = adapter.parent if adapter else source.parent
     origin = {"source": source.name, "source sha256": hash_path(source)}
-    if args.adapter:
-        origin["adapter sha256"] = hash_path(args.adapter)
+    if adapter:
+        origin["adapter sha256"] = hash_path(adapter)
     card = {"Origin": origin, **_history(made)}
-    prompts = _prompts(captioner, config.seed) if args.verify else ()
-    difference = fuse.export(captioner, args.out, name, card, multiple=args.multiple, prompts=prompts)
+    prompts = _prompts(captioner, config.seed) if verify else ()
+    difference = fuse.export(captioner, out, name, card, multiple=multiple, prompts=prompts)
     parameters = sum(p.numel() for p in captioner.model.parameters())
-    print(f"export: {captioner.family.name}, {parameters / 1e6:.1f} M parameters, {dtype}: {args.out}")
+    print(f"export: {captioner.family.name}, {parameters / 1e6:.1f} M parameters, {dtype}: {out}")
     if difference:
         print(
             f"verified on {difference.prompts} prompts: logits differ by at most {difference.largest:.3g} of "
             f"{difference.scale:.3g}; the likeliest token is the same at {difference.same_tokens:.2%}"
         )
-    return 0
+    return out
 
 
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1")
-    return int(text)
+def _source(run: Run | None, config: Config) -> Path:
+    return run.newest_captioner() if run else checkpoint_path(config.model.path)
 
 
 def _history(made: Path) -> dict[str, Any]:

@@ -9,7 +9,6 @@ last two stages anew from the claims that are there.
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 from collections import Counter, defaultdict
@@ -26,12 +25,14 @@ from captioner.config import Config
 from captioner.engines import make_engine
 from captioner.errors import ConfigError, Refused, RunError
 from captioner.fit import distributed
-from captioner.method import golden, pairs, planted, qa
+from captioner.method import golden as method
+from captioner.method import pairs, planted, qa
 from captioner.method.golden import Thresholds
 from captioner.method.tool import Rules, Statement, Tool, ToolFailed, make_tool
 from captioner.records import Candidate, Claim, Failed, Golden, Pair, Planted, RecordT, Unasked
 from captioner.runs import (
     Run,
+    RunDir,
     Shards,
     Stage,
     atomic_write_json,
@@ -45,12 +46,12 @@ from captioner.sources import SCENES, parse_scenes, questions, resolve
 from captioner.sources.folder import ImageRow, load_row, read_folder
 from captioner.sources.gather import part_of_round
 from captioner.views import BadImage, View
+from loops.stages import StagePlan, begin, check
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from captioner.engines import Engine, YesNo
-    from loops.cli import Args
 
 RowT = TypeVar("RowT", Candidate, Claim)
 STAGES = ("candidates", "claims", "golden", "pairs")
@@ -86,20 +87,32 @@ class Output(Generic[RecordT]):
         self.rows.write(index, rows)
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--rethreshold",
-        type=float,
-        metavar="KEEP",
-        help="derive golden captions and pairs anew with golden.keep = KEEP (0..1); no model runs",
-    )
+def golden(
+    run: RunDir,
+    config: Config,
+    round: int = 1,
+    *,
+    redo: bool = False,
+    gpus: int = 1,
+    rethreshold: float | None = None,
+) -> dict[str, int]:
+    """Make the golden captions and pairs of a round; returns the counts of the closing line.
 
+    Args:
+        run: Run directory with a captioner and the verifier of the round.
+        config: Settings; `model`, `views`, `engine`, `tool`, `golden` and `pairs` are read.
+        round: Number of the round, from 1.
+        redo: Remove the results of these stages and make them anew.
+        gpus: Processes to start, one per GPU.
+        rethreshold: Derive golden captions and pairs anew with this `golden.keep` (0..1); no model runs.
 
-def run(config: Config, args: Args) -> int:
-    """Raises RunError where the round cannot start, Refused (exit 3) where too many images failed."""
-    keep: float | None = args.rethreshold
+    Raises:
+        RunError: the round cannot start.
+        Refused: the verifier is not good enough, or too many images failed.
+    """
+    keep = rethreshold
     if keep is not None:
-        if args.redo:
+        if redo:
             raise ConfigError("--rethreshold keeps what --redo would remove", mend="give one of them")
         drop = config.golden.drop or 0.0
         if not (drop <= keep and 0 < keep < 1):
@@ -108,36 +121,45 @@ def run(config: Config, args: Args) -> int:
                 mend=f"give both thresholds, as in --rethreshold {keep} --golden.drop {keep}",
             )
         config = config.model_copy(update={"golden": config.golden.model_copy(update={"keep": keep})})
-    if distributed.wanted(args) and keep is None:
+    if distributed.wanted(gpus) and keep is None:
         if config.engine.type != "hf":
             mend = "leave --gpus out, and start a server on every GPU (captioner serve, engine.urls)"
             raise ConfigError(f"--gpus is for the engine hf, not for {config.engine.type}", mend=mend)
-        return distributed.launch("golden", config, args)
-    run = Run.open(args.run_dir, config, create=False)
-    plan = plan_round(run, args.round)
-    counts = make_golden(run, plan, config, redo=args.redo, rethreshold=keep is not None)
+        distributed.launch("golden", run, config, gpus, round=round, redo=redo)
+        return {}
+    run = Run.open(run, config, create=False)
+    counts = make_golden(run, plan_round(run, round), config, redo=redo, rethreshold=keep is not None)
     if counts:
-        print(f"round {plan.number}: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
-    return 0
+        print(f"round {round}: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
+    return counts
+
+
+def plan(run: Run, round: int) -> list[StagePlan]:
+    """What the stages of a round read, are made with and write."""
+    found = _of_round(run, round)
+    stages = [_plan_candidates(run, found), _plan_planted(run, found), _plan_claims(run, found)]
+    trust = run.stage_dir(f"round-{round}") / "verifier.json"
+    distrusted = json.loads(trust.read_text(encoding="utf-8"))["distrusted"] if trust.is_file() else ()
+    stages += [_plan_golden(run, found, distrusted), _plan_pairs(run, found)]
+    return [stage for stage in stages if stage]
 
 
 def plan_round(run: Run, number: int) -> Plan:
     """Raises RunError where the round before is unfinished or this round has no verifier."""
+    found = _of_round(run, number)
+    check(run, StagePlan(f"round-{number}/golden", {"the verifier": found.qa}))
+    return found
+
+
+def _of_round(run: Run, number: int) -> Plan:
     if number > 1 and not (run.path / f"round-{number - 1}" / "gate.json").is_file():
         raise RunError(
             f"round {number - 1} has not been done",
             where=str(run.path / f"round-{number - 1}"),
             mend=f"captioner iterate --round {number - 1} --run {run.path}",
         )
-    captioner = run.current_captioner(number)
-    home = run.stage_dir(f"round-{number}/qa")
-    if not (home / "stage.json").is_file():
-        raise RunError(
-            f"round {number} has no verifier",
-            where=str(home),
-            mend=f"captioner qa --round {number} --run {run.path}",
-        )
-    return Plan(number, round_source(run.config.golden.images, number), captioner, home)
+    source = round_source(run.config.golden.images, number)
+    return Plan(number, source, run.current_captioner(number), run.stage_dir(f"round-{number}/qa"))
 
 
 def round_source(source: str, number: int) -> str:
@@ -164,7 +186,7 @@ def make_golden(run: Run, plan: Plan, config: Config, *, redo: bool, rethreshold
         folder = resolve(plan.source, run)
     images = read_folder(folder, captions=False)
     known = (scenes.kind_of, scenes.slot_of) if plan.source.startswith(SCENES) else (None, None)
-    _candidates(run, plan, config, folder, images, redo)
+    _candidates(run, plan, config, images, redo)
     thresholds = trusted(run, plan, config, _planted(run, plan, config, folder, images))
     tool = make_tool(config.tool, run.path / "tool", *known)
     try:
@@ -183,19 +205,22 @@ def make_golden(run: Run, plan: Plan, config: Config, *, redo: bool, rethreshold
 # ---------------------------------------------------------------- the stages that run a model
 
 
-def _candidates(
-    run: Run, plan: Plan, config: Config, folder: Path, images: list[ImageRow], redo: bool
-) -> None:
-    settings = config.golden
+def _plan_candidates(run: Run, plan: Plan) -> StagePlan:
+    config, settings = run.config, run.config.golden
     section = {
         **settings.model_dump(mode="json", include={"samples", "sampling", "shard_rows"}),
         "views": config.views,
         "dtype": config.model.dtype,
         "prompt": prompts.prompt_hash("caption"),
     }
-    inputs = {"captioner": plan.captioner, "images": folder}
+    inputs: dict[str, Path | str] = {"captioner": plan.captioner, "images": plan.source}
+    return StagePlan(f"round-{plan.number}/candidates", inputs, section)
+
+
+def _candidates(run: Run, plan: Plan, config: Config, images: list[ImageRow], redo: bool) -> None:
+    settings = config.golden
     with distributed.main_first(config.model.device):
-        stage = run.stage(f"round-{plan.number}/candidates", section, inputs, redo)
+        stage = begin(run, _plan_candidates(run, plan), redo)
         if redo and is_main():  # what derives from the old candidates goes with them
             for name in ("pairs", "golden", "claims", "planted"):
                 remove_dir(run.stage_dir(f"round-{plan.number}/{name}"))
@@ -221,7 +246,7 @@ def _candidates(
             if error:  # of an image with fewer samples than the others no votes can be counted
                 failed.append(Failed(sample=sampled[0].sample, key=sampled[0].key, reason=error))
             else:
-                rows += golden.mark(sampled)
+                rows += method.mark(sampled)
             advance()
         return rows, failed
 
@@ -240,6 +265,23 @@ def _candidates(
     _finish(stage, run, counts, len(images))
 
 
+def _plan_planted(run: Run, plan: Plan) -> StagePlan | None:
+    """None where nothing judges claims of this round."""
+    config, settings = run.config, run.config.golden
+    if settings.planted is None and not plan.source.startswith(SCENES):
+        return None
+    section = {
+        "planted_images": settings.planted_images,
+        "views": config.views,
+        "dtype": config.model.dtype,
+        "prompt": prompts.prompt_hash("question"),
+    }
+    inputs = {"verifier": plan.verifier, "calibration": plan.qa / "calibration.json"}
+    candidates = run.stage_dir(f"round-{plan.number}/candidates")
+    inputs |= {"planted": Path(settings.planted)} if settings.planted else {"candidates": candidates}
+    return StagePlan(f"round-{plan.number}/planted", inputs, section)
+
+
 def _planted(
     run: Run, plan: Plan, config: Config, folder: Path, images: list[ImageRow]
 ) -> dict[str, dict[str, Any]]:
@@ -250,20 +292,13 @@ def _planted(
     settings, home = config.golden, run.stage_dir(f"round-{plan.number}")
     file = Path(settings.planted) if settings.planted else None
     known = read_folder(folder) if file is None and plan.source.startswith(SCENES) else []
-    if file is None and not known:
+    planned = _plan_planted(run, plan)
+    if planned is None:
         return {}
-    section = {
-        "planted_images": settings.planted_images,
-        "views": config.views,
-        "dtype": config.model.dtype,
-        "prompt": prompts.prompt_hash("question"),
-    }
-    inputs = {"verifier": plan.verifier, "calibration": plan.qa / "calibration.json"}
-    inputs |= {"planted": file} if file else {"candidates": home / "candidates"}
     with distributed.main_first(config.model.device):
-        stage = run.stage(f"round-{plan.number}/planted", section, inputs)
+        stage = begin(run, planned)
     if not stage.done:
-        temperature = qa.Calibration.read(inputs["calibration"]).temperature
+        temperature = qa.Calibration.read(stage.inputs["calibration"]).temperature
         rows = questions.read(file, config.max_failed)[0] if file else _scene_claims(home, known, config)
         output = Output(stage.dir, Planted)
 
@@ -292,7 +327,7 @@ def _scene_claims(home: Path, known: list[ImageRow], config: Config) -> list[Ima
     candidates = by_key(Shards(home / "candidates", Candidate).read_all())
     rows = []
     for row in [row for row in known if row.key in candidates and row.facts][: config.golden.planted_images]:
-        said = golden.select(candidates[row.key], Rules(), config.golden.max_questions).asked
+        said = method.select(candidates[row.key], Rules(), config.golden.max_questions).asked
         rng = random.Random(row_seed(config.seed, "planted", row.key))
         claims = planted.plant([each.text for each in said], row.facts or "", PLANTED_PER_IMAGE, rng)
         rows.append(ImageRow(row.key, row.path, questions=[dict(claim) for claim in claims]))
@@ -350,11 +385,8 @@ def _read_table(path: Path) -> dict[str, dict[str, Any]]:
     return table
 
 
-def _claims(
-    run: Run, plan: Plan, config: Config, images: list[ImageRow], tool: Tool, thresholds: Thresholds
-) -> None:
-    settings = config.golden
-    home = run.stage_dir(f"round-{plan.number}")
+def _plan_claims(run: Run, plan: Plan) -> StagePlan:
+    config, settings = run.config, run.config.golden
     section = {
         "max_questions": settings.max_questions,
         "reask": settings.reask,
@@ -366,19 +398,27 @@ def _claims(
     inputs = {
         "verifier": plan.verifier,
         "calibration": plan.qa / "calibration.json",
-        "candidates": home / "candidates",
+        "candidates": run.stage_dir(f"round-{plan.number}/candidates"),
     }
+    return StagePlan(f"round-{plan.number}/claims", inputs, section)
+
+
+def _claims(
+    run: Run, plan: Plan, config: Config, images: list[ImageRow], tool: Tool, thresholds: Thresholds
+) -> None:
+    settings = config.golden
+    home = run.stage_dir(f"round-{plan.number}")
     with distributed.main_first(config.model.device):
-        stage = run.stage(f"round-{plan.number}/claims", section, inputs)
+        stage = begin(run, _plan_claims(run, plan))
     if stage.done:
         return
     output = Output(stage.dir, Claim)
     candidates = by_key(Shards(home / "candidates", Candidate).read_all())
     with distributed.main_first(config.model.device):  # the others find the tool's answers in its cache
         selections, unread = _selections(candidates, tool, settings.max_questions)
-    calibration = qa.Calibration.read(inputs["calibration"])
+    calibration = qa.Calibration.read(stage.inputs["calibration"])
     reask = calibration.reask if settings.reask is None else settings.reask
-    square = golden.square_plan(plan.verifier, config.views) if "view" in reask else []
+    square = method.square_plan(plan.verifier, config.views) if "view" in reask else []
     asker = Asker(tool, thresholds.distrusted, calibration, hash_path(plan.verifier), reask, square)
 
     def work(
@@ -413,8 +453,8 @@ def _claims(
         "images": len(images),
         "claims": len(rows),
         "asked_again": sum(row.first_p_yes is not None for row in rows),
-        "uncheckable": left[golden.UNCHECKABLE],
-        "over_limit": left[golden.OVER_LIMIT],
+        "uncheckable": left[method.UNCHECKABLE],
+        "over_limit": left[method.OVER_LIMIT],
     }
     mass = sum(row.label_mass for row in rows) / len(rows) if rows else None
     _finish(stage, run, counts, len(images), {"mean_label_mass": mass})
@@ -430,14 +470,14 @@ def _made_with(config: Config) -> str | dict[str, Any]:
 
 def _selections(
     candidates: Mapping[str, list[Candidate]], tool: Tool, max_questions: int
-) -> tuple[dict[str, golden.Selection], dict[str, Failed]]:
+) -> tuple[dict[str, method.Selection], dict[str, Failed]]:
     """What is asked about each image, and the images that the tool has no good answer for."""
-    tool.prepare([[golden.whole_statements(each) for each in rows] for rows in candidates.values()])
-    selections: dict[str, golden.Selection] = {}
+    tool.prepare([[method.whole_statements(each) for each in rows] for rows in candidates.values()])
+    selections: dict[str, method.Selection] = {}
     unread: dict[str, Failed] = {}
     for key, rows in candidates.items():
         try:
-            selection = golden.select(rows, tool, max_questions)
+            selection = method.select(rows, tool, max_questions)
             for each in selection.asked:
                 tool.decompose(each.text)
             selections[key] = selection
@@ -462,7 +502,7 @@ class Asker:
         engine: Engine,
         part: list[ImageRow],
         candidates: Mapping[str, list[Candidate]],
-        selections: Mapping[str, golden.Selection],
+        selections: Mapping[str, method.Selection],
         failed: list[Failed],
         advance: Callable[[], None],
     ) -> dict[str, list[Claim]]:
@@ -486,7 +526,7 @@ class Asker:
         for number, answers in enumerate(engine.p_yes(requests())):
             candidate, statements = asked[number]
             if all(isfinite(answer.p_yes) for answer in answers):
-                claims[candidate.key] = golden.claims(
+                claims[candidate.key] = method.claims(
                     candidate, statements, answers, self.tool, self.verifier, self.calibration.temperature
                 )
             else:
@@ -506,7 +546,7 @@ class Asker:
                 unsure = claim.expected == "yes" and qa.undecided(claim.p_yes, self.calibration)
                 if unsure and claim.kind not in self.distrusted:
                     ways = [
-                        golden.second_question(way, claim.text, claim.question, self.plan)
+                        method.second_question(way, claim.text, claim.question, self.plan)
                         for way in self.reask
                     ]
                     if asked := [way for way in ways if way]:
@@ -537,7 +577,7 @@ class Asker:
             for i, asked in second[key].items():
                 replies = [answers[key, i, n] for n in range(len(asked))]
                 if all(isfinite(reply.p_yes) for reply in replies):
-                    again = golden.asked_again(claims[key][i], asked, replies, self.calibration.temperature)
+                    again = method.asked_again(claims[key][i], asked, replies, self.calibration.temperature)
                     claims[key][i] = again
         return [own for key, own in claims.items() if key not in lost]
 
@@ -594,26 +634,27 @@ def settle(ledger: Shards[Claim], samples: int, asked: list[Planted], thresholds
     """Judge the claims of the whole ledger: whoever reads it sees what the captions follow."""
     shards = [ledger.read(index) for index in range(_count(ledger))]
     claims = [claim for rows in shards for claim in rows]
-    judged = iter(golden.judge(golden.weigh(claims, samples, asked, thresholds.distrusted), thresholds))
+    judged = iter(method.judge(method.weigh(claims, samples, asked, thresholds.distrusted), thresholds))
     for index, rows in enumerate(shards):
         made = list(islice(judged, len(rows)))
         if made != rows:
             ledger.write(index, made)
 
 
+def _plan_golden(run: Run, plan: Plan, distrusted: Collection[str]) -> StagePlan:
+    home = run.stage_dir(f"round-{plan.number}")
+    section = run.config.golden.model_dump(mode="json", include={"abstain", "max_tokens", "keep", "drop"})
+    section |= {"distrusted": sorted(distrusted)}
+    inputs = {name: home / name for name in STAGES[:2]}
+    return StagePlan(f"round-{plan.number}/golden", inputs, section)
+
+
 def _golden(run: Run, plan: Plan, config: Config, images: int, thresholds: Thresholds, redo: bool) -> None:
     settings = config.golden
     home = run.stage_dir(f"round-{plan.number}")
-    section = settings.model_dump(mode="json", include={"abstain", "max_tokens"})
-    section |= {
-        "keep": thresholds.keep,
-        "drop": thresholds.drop,
-        "distrusted": sorted(thresholds.distrusted),
-    }
-    inputs = {"candidates": home / "candidates", "claims": home / "claims"}
     if redo:
         remove_dir(home / "pairs")
-    stage = _derived(run, plan, "golden", section, inputs, redo)
+    stage = _derived(run, _plan_golden(run, plan, thresholds.distrusted), redo)
     if stage.done:
         return
     output = Output(stage.dir, Golden)
@@ -625,7 +666,7 @@ def _golden(run: Run, plan: Plan, config: Config, images: int, thresholds: Thres
         rows: list[Golden] = []
         failed: list[Failed] = []
         for key, claims in by_key(ledger.read(index)).items():
-            made = golden.build(claims, samples[key], settings, count_tokens)
+            made = method.build(claims, samples[key], settings, count_tokens)
             if isinstance(made, Golden):
                 rows.append(made)
             else:
@@ -636,10 +677,15 @@ def _golden(run: Run, plan: Plan, config: Config, images: int, thresholds: Thres
     _finish(stage, run, counts, images)
 
 
-def _pairs(run: Run, plan: Plan, config: Config, images: int) -> dict[str, int]:
+def _plan_pairs(run: Run, plan: Plan) -> StagePlan:
     home = run.stage_dir(f"round-{plan.number}")
     inputs = {name: home / name for name in STAGES[:3]}
-    stage = _derived(run, plan, "pairs", config.pairs.model_dump(mode="json"), inputs, False)
+    return StagePlan(f"round-{plan.number}/pairs", inputs, run.config.pairs.model_dump(mode="json"))
+
+
+def _pairs(run: Run, plan: Plan, config: Config, images: int) -> dict[str, int]:
+    home = run.stage_dir(f"round-{plan.number}")
+    stage = _derived(run, _plan_pairs(run, plan), False)
     candidates, ledger = Shards(home / "candidates", Candidate), Shards(home / "claims", Claim)
     captions, output = Shards(home / "golden", Golden), Shards(stage.dir, Pair)
     reasons: Counter[str] = Counter()
@@ -668,11 +714,9 @@ def _pairs(run: Run, plan: Plan, config: Config, images: int) -> dict[str, int]:
     return counts
 
 
-def _derived(
-    run: Run, plan: Plan, name: str, section: dict[str, object], inputs: dict[str, Path], redo: bool
-) -> Stage:
+def _derived(run: Run, planned: StagePlan, redo: bool) -> Stage:
     try:
-        return run.stage(f"round-{plan.number}/{name}", section, inputs, redo)
+        return begin(run, planned, redo)
     except RunError as error:
         if "stale" not in error.what:
             raise

@@ -11,34 +11,58 @@ Where no judge can tell whether the captions of ``gate.data`` are true, the gate
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
-from types import ModuleType
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from captioner.config import Config
-from captioner.errors import Refused, RunError
+from captioner.errors import ConfigError, Refused, RunError
 from captioner.judges import metrics
 from captioner.judges.metrics import Decision
-from captioner.runs import Run, atomic_write_json
+from captioner.runs import Run, RunDir, atomic_write_json
 from loops import dpo, evaluate, golden, qa
+from loops.stages import StagePlan
 
-STEPS: tuple[ModuleType, ...] = (qa, golden, dpo)
-
-
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    help_unjudged = "promote rounds of which no judge can tell whether their captions are true"
-    parser.add_argument("--accept-unjudged", action="store_true", help=help_unjudged)
+STEPS: tuple[Callable[..., object], ...] = (qa.qa, golden.golden, dpo.dpo)
 
 
-def run(config: Config, args: argparse.Namespace) -> int:
-    """Raises RunError where the round before is missing, Refused where the first round of them is refused."""
-    run = Run.open(args.run_dir, config, create=False)
-    rounds = args.rounds or [args.round]
+def plan(run: Run, round: int, rounds: str | None = None) -> list[StagePlan]:
+    """What the stages of the (first) round read, are made with and write."""
+    number = _numbers(rounds)[0] if rounds else round
+    return [*qa.plan(run, number), *golden.plan(run, number), *dpo.plan(run, number)]
+
+
+def iterate(
+    run: RunDir,
+    config: Config,
+    round: int = 1,
+    *,
+    rounds: str | None = None,
+    accept_unjudged: bool = False,
+    redo: bool = False,
+    gpus: int = 1,
+) -> Path:
+    """Run whole rounds and their gates; returns the checkpoint of the newest promoted captioner.
+
+    Args:
+        run: Run directory with a captioner.
+        config: Settings; those of `qa`, `golden`, `dpo`, `evaluate` and `gate` are read.
+        round: Number of the round, from 1.
+        rounds: Several rounds one after the other, as in 1-3; instead of `round`.
+        accept_unjudged: Promote rounds of which no judge can tell whether their captions are true.
+        redo: Remove the results of the rounds' stages and make them anew.
+        gpus: Processes to start, one per GPU.
+
+    Raises:
+        RunError: the round before is missing.
+        Refused: the first of the rounds was refused.
+    """
+    numbers = _numbers(rounds) if rounds else [round]
+    run = Run.open(run, config, create=False)
     promoted: list[int] = []
-    for number in rounds:
+    for number in numbers:
         try:
-            run_round(run, number, args, accept_unjudged=args.accept_unjudged)
+            run_round(run, number, redo=redo, gpus=gpus, accept_unjudged=accept_unjudged)
         except Refused as refusal:
             if not promoted:
                 raise
@@ -46,10 +70,19 @@ def run(config: Config, args: argparse.Namespace) -> int:
             break
         promoted.append(number)
     print(f"rounds done: {', '.join(map(str, promoted))}; the captioner is {run.newest_captioner()}")
-    return 0
+    return run.newest_captioner()
 
 
-def run_round(run: Run, number: int, args: argparse.Namespace, *, accept_unjudged: bool = False) -> None:
+def _numbers(rounds: str) -> list[int]:
+    first, _, last = rounds.partition("-")
+    if first.isdigit() and (last or first).isdigit() and 1 <= int(first) <= int(last or first):
+        return list(range(int(first), int(last or first) + 1))
+    raise ConfigError(f"rounds {rounds!r} must be a range of whole numbers from 1", mend="--rounds 1-3")
+
+
+def run_round(
+    run: Run, number: int, *, redo: bool = False, gpus: int = 1, accept_unjudged: bool = False
+) -> None:
     """One round, each step from where it stands, and its gate."""
     earlier = run.path / f"round-{number - 1}" / "gate.json"
     if number > 1 and not earlier.is_file():
@@ -60,11 +93,7 @@ def run_round(run: Run, number: int, args: argparse.Namespace, *, accept_unjudge
         )
     run.current_captioner(number)  # names the missing command before anything is done
     for step in STEPS:
-        code = step.run(run.config, arguments(step, args, round=number))
-        if code:
-            raise Refused(
-                f"{step.__name__} of round {number} was refused", where=str(run.path / f"round-{number}")
-            )
+        step(run.path, run.config, number, redo=redo, gpus=gpus)
     gate(run, number, accept_unjudged=accept_unjudged)
 
 
@@ -120,15 +149,3 @@ def _record(run: Run, number: int, summary: dict[str, Any], decision: Decision) 
         "settings": run.config.gate.model_dump(mode="json"),
     }
     atomic_write_json(run.path / f"round-{number}" / "gate.json", gate)
-
-
-def arguments(
-    step: ModuleType, args: argparse.Namespace, words: Sequence[str] = (), **values: Any
-) -> argparse.Namespace:
-    """The arguments that the command line would give ``step``: its own (``words``) and the common ones."""
-    parser = argparse.ArgumentParser()
-    if hasattr(step, "add_flags"):
-        step.add_flags(parser)
-    common = {"run_dir": args.run_dir, "redo": args.redo, "dry_run": False, "round": None, "rounds": None}
-    common["gpus"] = getattr(args, "gpus", 1)
-    return argparse.Namespace(**{**common, **vars(parser.parse_args(words)), **values})

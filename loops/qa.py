@@ -7,7 +7,6 @@ round-N/qa/calibration.json (temperature and abstain band, fitted on the held-ou
 
 from __future__ import annotations
 
-import argparse
 import random
 import shutil
 from collections.abc import Sequence
@@ -19,11 +18,13 @@ from captioner.config import AdapterTuning, Config, QAConfig
 from captioner.errors import DataError
 from captioner.fit import distributed
 from captioner.fit.rows import usable
-from captioner.method import golden, qa
-from captioner.runs import Run, atomic_write_json, is_main
-from captioner.sources import questions, resolve
+from captioner.method import golden
+from captioner.method import qa as method
+from captioner.runs import Run, RunDir, Stage, atomic_write_json, is_main
+from captioner.sources import questions
 from captioner.sources.folder import ImageRow
 from captioner.views import View, load_image
+from loops.stages import StagePlan, begin
 
 if TYPE_CHECKING:
     from captioner.engines import Engine
@@ -32,30 +33,51 @@ if TYPE_CHECKING:
 ENOUGH = 20  # questions that asking again must decide before it is believed
 
 
-def run(config: Config, args: argparse.Namespace) -> int:
-    """The qa stage of a round."""
-    if distributed.wanted(args):
-        return distributed.launch("qa", config, args)
+def plan(run: Run, round: int) -> list[StagePlan]:
+    """What the stage reads, is made with and writes."""
+    config = run.config
+    section = {"qa": config.qa, "views": config.views, "dtype": config.model.dtype}
+    inputs: dict[str, Path | str] = {"captioner": run.current_captioner(round), "data": config.qa.data}
+    return [StagePlan(f"round-{round}/qa", inputs, section)]
+
+
+def qa(run: RunDir, config: Config, round: int = 1, *, redo: bool = False, gpus: int = 1) -> Path:
+    """Train and measure the verifier of a round; returns its stage, with the checkpoint in ``captioner/``.
+
+    Args:
+        run: Run directory with a captioner.
+        config: Settings; `model`, `views`, `engine` and `qa` are read.
+        round: Number of the round, from 1.
+        redo: Remove the results of this stage and make them anew.
+        gpus: Processes to start, one per GPU.
+    """
+    if distributed.wanted(gpus):
+        distributed.launch("qa", run, config, gpus, round=round, redo=redo)
+        return Run.open(run, config).stage_dir(f"round-{round}/qa")
     with distributed.main_first(config.model.device):
-        run = Run.open(args.run_dir, config, create=False)
-        start = run.current_captioner(args.round)
-        data = resolve(config.qa.data, run)
-        section = {"qa": config.qa, "views": config.views, "dtype": config.model.dtype}
-        inputs = {"captioner": start, "data": data}
-        stage = run.stage(f"round-{args.round}/qa", section, inputs, redo=args.redo)
+        run = Run.open(run, config, create=False)
+        [planned] = plan(run, round)
+        stage = begin(run, planned, redo)
     if stage.done:
         print(f"qa was done before: {stage.dir}")
-        return 0
+        return stage.dir
+    _make(config, stage, round)
+    return stage.dir
+
+
+def _make(config: Config, stage: Stage, round: int) -> None:
+    """Train the verifier, measure it and finish the stage."""
+    start, data = stage.inputs["captioner"], stage.inputs["data"]
     seed = config.seed + config.qa.training.seed
     rows, read = read_rows(data, config, seed)
     rows = usable(rows, lambda row: None, stage.dir, config, [])
-    learned, held = qa.split([row.key for row in rows], config.qa.holdout, seed)
+    learned, held = method.split([row.key for row in rows], config.qa.holdout, seed)
     verifier = stage.dir / "captioner"
     metrics = (
         {} if verifier.is_dir() else train_verifier(config, start, [rows[i] for i in learned], stage.dir)
     )
     if not is_main():
-        return 0
+        return
     accuracies, calibration, again = measure(config, verifier, [rows[i] for i in held])
     atomic_write_json(stage.dir / "calibration.json", calibration.model_dump())
     atomic_write_json(
@@ -66,7 +88,7 @@ def run(config: Config, args: argparse.Namespace) -> int:
     counts = {"images": len(learned), "held_out_images": len(held), "held_out_questions": overall.count}
     scores = {"accuracy": overall.accuracy, "blind_accuracy": overall.blind, **calibration.model_dump()}
     stage.finish({**counts, **read}, {**metrics, **scores}, asked_again=again)
-    qa.print_table(accuracies)
+    method.print_table(accuracies)
     print(
         f"temperature {calibration.temperature:.2f}; keep from {calibration.keep:.2f}, drop below "
         f"{calibration.drop:.2f}, so that {config.qa.band_accuracy:.0%} are right on either side"
@@ -75,11 +97,10 @@ def run(config: Config, args: argparse.Namespace) -> int:
         told = f"decides {one['decided']} of {one['asked']} undecided, {one['right']:.0%} rightly"
         print(f"asking again by {way} {told}: {'used' if way in calibration.reask else 'not used'}")
     print(
-        f"round {args.round}: verifier trained on {len(learned)} images, accuracy {overall.accuracy:.3f} "
+        f"round {round}: verifier trained on {len(learned)} images, accuracy {overall.accuracy:.3f} "
         f"(blind {overall.blind:.3f}) on {overall.count} questions of {len(held)} others: "
         f"{stage.dir}"
     )
-    return 0
 
 
 def train_verifier(config: Config, start: Path, rows: Sequence[ImageRow], out: Path) -> dict[str, float]:
@@ -109,9 +130,9 @@ def read_rows(data: Path, config: Config, seed: int) -> tuple[list[ImageRow], di
     """
     rows, counts = questions.read_any(data, config.max_failed)
     if counts:
-        asked = qa.balance([row.questions or [] for row in rows], seed)
+        asked = method.balance([row.questions or [] for row in rows], seed)
         rows = [replace(row, questions=[dict(q) for q in own]) for row, own in zip(rows, asked, strict=True)]
-    rows = [row for row in rows if any(map(qa.is_yes_no, row.questions or []))]
+    rows = [row for row in rows if any(map(method.is_yes_no, row.questions or []))]
     if not rows:
         mend = "give the folder's metadata a column questions with yes/no answers"
         raise DataError("no image has yes/no questions", where=str(data), mend=mend)
@@ -125,19 +146,21 @@ def training_images(rows: Sequence[ImageRow], config: QAConfig) -> TrainingImage
     """
     from captioner.fit.train import Target, TrainingImages
 
-    spare = qa.balance([row.questions or [] for row in rows], config.training.seed)
+    spare = method.balance([row.questions or [] for row in rows], config.training.seed)
 
     def draw(index: int, rng: random.Random) -> list[Target]:
         asked, count = rows[index].questions or [], config.questions_per_image
-        drawn = qa.draw_balanced(asked, count, rng) or rng.sample(spare[index], min(count, len(spare[index])))
-        return [Target(qa.question_text(question), question["answer"]) for question in drawn]
+        drawn = method.draw_balanced(asked, count, rng) or rng.sample(
+            spare[index], min(count, len(spare[index]))
+        )
+        return [Target(method.question_text(question), question["answer"]) for question in drawn]
 
     return TrainingImages([row.key for row in rows], [row.path for row in rows], draw)
 
 
 def measure(
     config: Config, verifier: Path, rows: Sequence[ImageRow]
-) -> tuple[dict[str, qa.Accuracy], qa.Calibration, dict[str, dict[str, float]]]:
+) -> tuple[dict[str, method.Accuracy], method.Calibration, dict[str, dict[str, float]]]:
     """Scores of the exported verifier on all yes/no questions of ``rows``, and its calibration.
 
     Probabilities are calibrated by temperatures that have not seen them; ``uncalibrated`` are the raw ones,
@@ -148,9 +171,9 @@ def measure(
 
     captioner = model.load(config.model.model_copy(update={"path": str(verifier)}))
     engine = HFEngine(captioner, config.views, config.engine)
-    raw, blind = qa.ask(engine, rows), qa.ask(engine, rows, blind=True)
-    calibration = qa.calibrate(raw, config.qa.band_accuracy)
-    answers = qa.scaled(raw, calibration.temperature)
+    raw, blind = method.ask(engine, rows), method.ask(engine, rows, blind=True)
+    calibration = method.calibrate(raw, config.qa.band_accuracy)
+    answers = method.scaled(raw, calibration.temperature)
     plan = golden.square_plan(verifier, config.views)
     again = {way: ask_again(engine, rows, answers, way, plan, calibration) for way in ("view", "wording")}
     engine.close()
@@ -159,19 +182,19 @@ def measure(
         for way, one in again.items()
         if one["decided"] >= ENOUGH and one["right"] >= config.qa.band_accuracy
     ]
-    keys = [row.key for row in rows for question in row.questions or [] if qa.is_yes_no(question)]
-    table = qa.accuracy_table(qa.cross_fitted(raw, keys), blind)
-    table |= {"uncalibrated": qa.accuracy(raw), "blind": qa.accuracy(blind)}
+    keys = [row.key for row in rows for question in row.questions or [] if method.is_yes_no(question)]
+    table = method.accuracy_table(method.cross_fitted(raw, keys), blind)
+    table |= {"uncalibrated": method.accuracy(raw), "blind": method.accuracy(blind)}
     return table, calibration.model_copy(update={"reask": tuple(helpful)}), again
 
 
 def ask_again(
     engine: Engine,
     rows: Sequence[ImageRow],
-    answers: Sequence[qa.Answer],
+    answers: Sequence[method.Answer],
     way: str,
     plan: Sequence[View],
-    calibration: qa.Calibration,
+    calibration: method.Calibration,
 ) -> dict[str, float]:
     """How many undecided questions a second asking decides, and the share of them that is decided rightly.
 
@@ -180,21 +203,21 @@ def ask_again(
     from captioner.engines import QuestionBatch
 
     flat = iter(answers)
-    asked: dict[tuple[int, str], list[tuple[qa.Answer, str]]] = {}
+    asked: dict[tuple[int, str], list[tuple[method.Answer, str]]] = {}
     for index, row in enumerate(rows):
-        for question in filter(qa.is_yes_no, row.questions or []):
+        for question in filter(method.is_yes_no, row.questions or []):
             answer, text = next(flat), question["question"]
-            second = golden.second_question(way, text, qa.question_text(question), plan)
-            if second and qa.undecided(answer.p_yes, calibration):
+            second = golden.second_question(way, text, method.question_text(question), plan)
+            if second and method.undecided(answer.p_yes, calibration):
                 asked.setdefault((index, second[0]), []).append((answer, second[1]))
     batches = (
         QuestionBatch(load_image(rows[index].path)[0], [text for _, text in own], view)
         for (index, view), own in asked.items()
     )
     pairs = [
-        (answer, qa.scale(reply.p_yes, calibration.temperature))
+        (answer, method.scale(reply.p_yes, calibration.temperature))
         for own, replies in zip(asked.values(), engine.p_yes(batches), strict=True)
         for (answer, _), reply in zip(own, replies, strict=True)
     ]
-    decided, right = qa.decided_rightly(pairs, calibration)
+    decided, right = method.decided_rightly(pairs, calibration)
     return {"asked": len(pairs), "decided": decided, "right": right}

@@ -7,7 +7,6 @@ the page shows what the run directory holds.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,35 +17,44 @@ from captioner import scenes, views
 from captioner.config import Config, ViewsConfig
 from captioner.errors import RunError
 from captioner.records import Candidate, CaptionRow, Claim, Golden, Planted, Record, Unasked
-from captioner.report import report
+from captioner.report import report as html
 from captioner.report.report import ClaimShown, Curve, ImageShown, Report, RoundShown, Truth
-from captioner.runs import Run, Shards, atomic_write_text, input_of, progress
+from captioner.runs import Run, RunDir, Shards, atomic_write_text, input_of, progress
 from captioner.sources import resolve
 from captioner.sources.folder import ImageRow, read_folder
 from captioner.views import BadImage, load_image
+from loops.stages import StagePlan
 
 VIEW_PX = 448  # of a view: boxes on the picture hardly depend on it
 IMAGES = 2000  # of each part of the page: a thumbnail is about 10 kB
 RecordT = TypeVar("RecordT", bound=Record)
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--images", type=int, default=IMAGES, help=f"images of each part of the page (default {IMAGES})"
-    )
+def plan(run: Run) -> list[StagePlan]:
+    """What is read and written."""
+    return [StagePlan("", {"run": run.path / "run.json"}, outputs=[run.path / "report.html"])]
 
 
-def run(config: Config, args: argparse.Namespace) -> int:
-    """Write report.html into the run directory. Raises RunError where there is nothing to show."""
-    run = Run.open(args.run_dir, config, create=False)
-    page = collect(run, args.images)
+def report(run: RunDir, config: Config, *, images: int = IMAGES) -> Path:
+    """Write report.html into the run directory; returns it.
+
+    Args:
+        run: Run directory with at least one stage.
+        config: Settings; `views` is read.
+        images: Images of each part of the page at most.
+
+    Raises:
+        RunError: there is nothing to show yet.
+    """
+    run = Run.open(run, config, create=False)
+    page = collect(run, images)
     if not (page.evaluation or page.rounds or page.curves):
         raise RunError("nothing to report yet", where=str(run.path), mend=f"captioner sft --run {run.path}")
     target = run.path / "report.html"
-    atomic_write_text(target, report.render_html(page))
-    print(f"{report.verdict(page)}")
+    atomic_write_text(target, html.render_html(page))
+    print(f"{html.verdict(page)}")
     print(f"report of {len(page.images)} images, {target.stat().st_size / 1e6:.1f} MB: {target}")
-    return 0
+    return target
 
 
 def collect(run: Run, images: int = IMAGES) -> Report:
@@ -144,7 +152,7 @@ def _pictures(run: Run, part: str, rows: Sequence[ImageRow], about: Any) -> list
                 ImageShown(
                     key=row.key,
                     part=part,
-                    thumbnail=report.thumbnail(image),
+                    thumbnail=html.thumbnail(image),
                     width=image.width,
                     height=image.height,
                     views=[(view.tag, view.box) for view in plan],
@@ -199,7 +207,7 @@ def _curves(stage: Path, name: str) -> list[Curve]:
     for file in sorted(stage.rglob("metrics.jsonl")):
         part = file.parent.relative_to(stage).as_posix()
         rows = [_line(file, line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-        curves += report.curves_of(name if part == "." else f"{name} {part}", rows)
+        curves += html.curves_of(name if part == "." else f"{name} {part}", rows)
     return curves
 
 

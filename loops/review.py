@@ -8,7 +8,6 @@ in ``review/round-N.jsonl`` of the run; they measure the verifier and fill the `
 
 from __future__ import annotations
 
-import argparse
 import secrets
 from collections.abc import Iterable
 from contextlib import suppress
@@ -20,33 +19,49 @@ from captioner.config import Config
 from captioner.errors import ConfigError, DataError, RunError
 from captioner.records import Claim
 from captioner.report import review as reviewing
-from captioner.runs import Run, Shards, atomic_write_json, input_of
+from captioner.runs import Run, RunDir, Shards, atomic_write_json, input_of
 from captioner.sources import resolve
 from captioner.sources.folder import read_captions, read_folder
+from loops.stages import StagePlan
 
 HOST = "127.0.0.1"
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--round", type=int, default=1, metavar="N", help="claims of round N (default 1)")
-    parser.add_argument("--count", type=int, default=200, help="claims or pairs to show (default 200)")
-    parser.add_argument("--kind", metavar="KIND", help="only claims of this kind (default: all)")
-    parser.add_argument("--pairs", type=Path, nargs=2, metavar="DIR", help="compare two caption data sets")
-    parser.add_argument("--images", metavar="DATA", help="with --pairs: the images both were made of")
-    parser.add_argument("--port", type=int, default=0, help="port on 127.0.0.1 (default: a free one)")
+def plan(run: Run, round: int = 1, pairs: tuple[Path, Path] | None = None) -> list[StagePlan]:
+    """What is read and written."""
+    claims = run.stage_dir(f"round-{round}/claims")
+    inputs: dict[str, Path | str] = {str(path): path for path in pairs} if pairs else {"claims": claims}
+    return [StagePlan("", inputs, outputs=[answers_path(run.path, round, pairs)])]
 
 
-def plan(config: Config, args: argparse.Namespace) -> dict[str, Any]:
-    return {"writes": answers_path(args.run_dir, args.round, args.pairs)}
+def review(
+    run: RunDir,
+    config: Config,
+    round: int = 1,
+    *,
+    count: int = 200,
+    kind: str | None = None,
+    pairs: tuple[Path, Path] | None = None,
+    images: str | None = None,
+    port: int = 0,
+) -> None:
+    """Serve a page that asks for answers, until it is interrupted; then write how they agree.
 
-
-def run(config: Config, args: argparse.Namespace) -> int:
-    run = Run.open(args.run_dir, config, create=False)
-    if args.pairs:
-        review_pairs(run, args.pairs[0], args.pairs[1], args.images, args.count, args.port)
+    Args:
+        run: Run directory with claims of the round.
+        config: Settings; `golden.min_kind_accuracy`, `evaluate.data` and `seed` are read.
+        round: Number of the round, from 1.
+        count: Claims or pairs to show.
+        kind: Only claims of this kind.
+        pairs: Compare these two caption data sets instead.
+        images: The images that both were made of; else `evaluate.data`.
+        port: Port on 127.0.0.1; 0 = a free one.
+    """
+    run = Run.open(run, config, create=False)
+    if pairs:
+        review_pairs(run, pairs[0], pairs[1], images, count, port)
     else:
-        review(run, args.round, count=args.count, kind=args.kind, port=args.port)
-    return 0
+        review_claims(run, round, count=count, kind=kind, port=port)
 
 
 def answers_path(run_dir: Path, round: int, pairs: Iterable[Path] | None = None) -> Path:
@@ -55,7 +70,7 @@ def answers_path(run_dir: Path, round: int, pairs: Iterable[Path] | None = None)
     return run_dir / "review" / f"{name}.jsonl"
 
 
-def review(run: Run, round: int, *, count: int = 200, kind: str | None = None, port: int = 0) -> None:
+def review_claims(run: Run, round: int, *, count: int = 200, kind: str | None = None, port: int = 0) -> None:
     """Serve the page until it is interrupted, then write ``review/round-N.json`` with the agreement.
 
     Raises RunError where the round has no claims yet, ConfigError for a kind that no claim has.
@@ -97,7 +112,7 @@ def review(run: Run, round: int, *, count: int = 200, kind: str | None = None, p
 def review_pairs(
     run: Run, first: Path, second: Path, source: str | None, count: int = 200, port: int = 0
 ) -> None:
-    """As :func:`review`, for two caption data sets of the same images (default: of ``evaluate.data``)."""
+    """As :func:`review_claims`, for two caption data sets of the same images (else ``evaluate.data``)."""
     from captioner.report.review_app import pairs_app
 
     captions = [

@@ -6,13 +6,14 @@ trains: Qwen3-VL architecture, byte-level tokenizer, processor files, random wei
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
-from captioner import prompts, runs, scenes
+from captioner import prompts, runs
+from captioner import scenes as drawing
 from captioner.config import Config
 from captioner.errors import ConfigError
+from loops.stages import StagePlan
 
 VIEW_SIZE = 64  # px, the encoder's native resolution
 VOCABULARY = 512  # 256 bytes, seven special tokens, the scenes' words
@@ -21,24 +22,36 @@ INITIALIZER_RANGE = 0.06  # of so narrow a model; at 0.02 the first hundred step
 POSITION_RANGE = 0.5
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--split", choices=sorted(scenes.SPLITS), default="test", help="which split (default test)"
-    )
-    parser.add_argument("--count", type=int, default=200, help="scenes to draw (default 200)")
-    parser.add_argument("--offset", type=int, default=0, help="number of the first scene (default 0)")
-    parser.add_argument("--out", type=Path, help="folder to write; must not exist")
-    parser.add_argument("--architecture", type=Path, help="write the untrained base model here instead")
+Split = Literal["test", "train", "close", "sft", "qa", "round", "validation"]
 
 
-def plan(config: Config, args: argparse.Namespace) -> dict[str, Any]:
-    if args.architecture:
-        return {"writes": str(args.architecture), "what": "the untrained base model"}
-    return {"writes": str(args.out), "split": args.split, "scenes": args.count, "first": args.offset}
+def plan(run: runs.Run, out: Path | None = None, architecture: Path | None = None) -> list[StagePlan]:
+    """What is written."""
+    return [StagePlan("", {}, outputs=[target for target in (architecture or out,) if target])]
 
 
-def run(config: Config, args: argparse.Namespace) -> None:
-    target = args.architecture or args.out
+def scenes(
+    run: runs.RunDir,
+    config: Config,
+    *,
+    out: Path | None = None,
+    split: Split = "test",
+    count: int = 200,
+    offset: int = 0,
+    architecture: Path | None = None,
+) -> Path:
+    """Draw scenes as an image folder; returns it.
+
+    Args:
+        run: Not read.
+        config: Settings; only `seed` is read.
+        out: Folder to write; a new one.
+        split: Which split.
+        count: Scenes to draw.
+        offset: Number of the first scene.
+        architecture: Write the untrained base model here instead.
+    """
+    target = architecture or out
     if target is None:
         raise ConfigError(
             "no folder to write", where="--out", mend="captioner scenes --split test --count 200 --out FOLDER"
@@ -47,13 +60,14 @@ def run(config: Config, args: argparse.Namespace) -> None:
         raise ConfigError(
             "the folder exists already", where=str(target), mend="name a new --out, or remove it first"
         )
-    if args.architecture:
+    if architecture:
         write_architecture(target, config.seed)
         print(f"untrained base model: {target}")
-        return
+        return target
     with runs.atomic_dir(target) as folder:
-        scenes.write(args.split, args.count, folder, offset=args.offset, seed=config.seed)
-    print(f"{args.count} scenes of the {args.split} split: {target}")
+        drawing.write(split, count, folder, offset=offset, seed=config.seed)
+    print(f"{count} scenes of the {split} split: {target}")
+    return target
 
 
 def write_architecture(folder: Path, seed: int = 0) -> None:
@@ -115,8 +129,8 @@ def _texts() -> list[str]:
     texts = [prompts.load("caption"), prompts.load("describe"), "user", "assistant", "yes", "no", "none"] * 50
     texts += ["whole", "top left", "top right", "bottom left", "bottom right", "center"] * 50
     for index in range(2000):
-        scene = scenes.sample("train", index)
-        texts += [scenes.shorthand(scene), scenes.prose(scene, index)]
-        for row in scenes.questions(scene, index)[::5]:
+        scene = drawing.sample("train", index)
+        texts += [drawing.shorthand(scene), drawing.prose(scene, index)]
+        for row in drawing.questions(scene, index)[::5]:
             texts += [prompts.load("question", statement=row["question"]), row["question"], row["answer"]]
     return texts

@@ -6,7 +6,6 @@ no other checkpoint is taken for it. Runs until it is stopped; SIGINT and SIGTER
 
 from __future__ import annotations
 
-import argparse
 import os
 import shlex
 import signal
@@ -20,24 +19,33 @@ from typing import Any
 
 from captioner.config import Config
 from captioner.errors import EngineError
+from captioner.runs import Run, RunDir, checkpoint_path
+from loops.stages import StagePlan
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="captioner to serve; a directory")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1)")
-    parser.add_argument("--port", type=int, default=8000, help="port to listen on (default 8000)")
+def plan(run: Run, checkpoint: str, host: str = "127.0.0.1", port: int = 8000) -> list[StagePlan]:
+    """What is read, and the command that is started."""
+    starts = shlex.join(command(run.config, checkpoint, host, port))
+    return [StagePlan("", {"checkpoint": checkpoint_path(checkpoint)}, starts=starts)]
 
 
-def plan(config: Config, args: argparse.Namespace) -> dict[str, Any]:
-    return {"starts": shlex.join(command(config, args)), "at": _url(args), "writes": "nothing"}
+def serve(run: RunDir, config: Config, checkpoint: str, *, host: str = "127.0.0.1", port: int = 8000) -> int:
+    """Serve a captioner until the server ends; returns the server's exit code, 0 where it was stopped.
 
+    Args:
+        run: Not read.
+        config: Settings; `model`, `views` and `engine` are read.
+        checkpoint: Directory of the captioner to serve.
+        host: Address to listen on.
+        port: Port to listen on.
 
-def run(config: Config, args: argparse.Namespace) -> int:
-    """Serve until the server ends; raises EngineError where it ends before it answers."""
-    words = command(config, args)
-    _check_free(args)
+    Raises:
+        EngineError: the port is taken, or the server ends before it answers.
+    """
+    words = command(config, checkpoint, host, port)
+    _check_free(host, port)
     environment = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", **os.environ}
     # A session of its own: a Ctrl-C then reaches the server once, through us.
     try:
@@ -57,11 +65,11 @@ def run(config: Config, args: argparse.Namespace) -> int:
 
     before = {number: signal.signal(number, stop) for number in SIGNALS}
     try:
-        while server.poll() is None and not stopped and not _healthy(args):
+        while server.poll() is None and not stopped and not _healthy(host, port):
             time.sleep(0.5)
         if server.poll() is None and not stopped:
             name = words[words.index("--served-model-name") + 1]
-            print(f"serving {args.checkpoint} as {name}: {_url(args)}", flush=True)
+            print(f"serving {checkpoint} as {name}: {_url(host, port)}", flush=True)
         elif not stopped:
             raise EngineError(
                 f"the server ended with code {server.returncode} before it answered",
@@ -78,21 +86,21 @@ def run(config: Config, args: argparse.Namespace) -> int:
             server.wait()
 
 
-def command(config: Config, args: argparse.Namespace) -> list[str]:
+def command(config: Config, checkpoint: str, host: str, port: int) -> list[str]:
     """The words that start the server. Raises CheckpointError, ConfigError for what vLLM cannot serve."""
     from captioner.engines import vllm
     from captioner.engines.server import served_name
     from captioner.models import model
     from captioner.models.render import Renderer
 
-    checkpoint = model.checkpoint_path(args.checkpoint)
-    captioner = model.load_frontend(checkpoint)
+    folder = checkpoint_path(checkpoint)
+    captioner = model.load_frontend(folder)
     settings = vllm.settings(captioner, Renderer(captioner, config.views), config.engine, config.model.dtype)
     settings |= {
-        "served_model_name": served_name(checkpoint),
+        "served_model_name": served_name(folder),
         "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},  # no end of it
-        "host": args.host,
-        "port": args.port,
+        "host": host,
+        "port": port,
     }
     interpreter = config.engine.vllm_python or sys.executable
     # The module, not the `vllm` command: builds for a CPU have another distribution's name.
@@ -113,28 +121,28 @@ def _words(settings: Mapping[str, Any], prefix: str = "") -> list[str]:
     return words
 
 
-def _url(args: argparse.Namespace) -> str:
-    return f"http://{args.host}:{args.port}/v1"
+def _url(host: str, port: int) -> str:
+    return f"http://{host}:{port}/v1"
 
 
-def _check_free(args: argparse.Namespace) -> None:
+def _check_free(host: str, port: int) -> None:
     """Raise EngineError where something listens on the port already: its health would pass for ours."""
     try:
-        socket.create_connection((_host(args), args.port), timeout=2).close()
+        socket.create_connection((_reached(host), port), timeout=2).close()
     except OSError:
         return
     raise EngineError(
-        "the port is taken", where=_url(args), mend="name another --port, or stop what is there"
+        "the port is taken", where=_url(host, port), mend="name another --port, or stop what is there"
     )
 
 
-def _host(args: argparse.Namespace) -> str:
-    return "127.0.0.1" if args.host == "0.0.0.0" else str(args.host)
+def _reached(host: str) -> str:
+    return "127.0.0.1" if host == "0.0.0.0" else host
 
 
-def _healthy(args: argparse.Namespace) -> bool:
+def _healthy(host: str, port: int) -> bool:
     try:
-        with urllib.request.urlopen(f"http://{_host(args)}:{args.port}/health", timeout=5) as answer:
+        with urllib.request.urlopen(f"http://{_reached(host)}:{port}/health", timeout=5) as answer:
             return bool(answer.status == 200)
     except OSError:
         return False

@@ -9,7 +9,6 @@ Of ``full`` each process then holds a part (``sft.tuning.shard``).
 
 from __future__ import annotations
 
-import argparse
 import random
 import shutil
 from collections.abc import Sequence
@@ -21,34 +20,53 @@ from captioner import prompts
 from captioner.config import Config, SFTConfig
 from captioner.fit import distributed
 from captioner.fit.rows import usable
-from captioner.runs import Run, checkpoint_path, is_main
-from captioner.sources import resolve
+from captioner.runs import Run, RunDir, Stage, checkpoint_path, is_main
 from captioner.sources.folder import ImageRow, read_folder
+from loops.stages import StagePlan, begin
 
 if TYPE_CHECKING:
     from captioner.fit.train import Target, TrainingImages
 
 
-def run(config: Config, args: argparse.Namespace) -> int:
-    """The sft stage of a run."""
-    sft = config.sft
-    if distributed.wanted(args):
-        return distributed.launch("sft", config, args)
+def plan(run: Run) -> list[StagePlan]:
+    """What the stage reads, is made with and writes."""
+    sft, model, views = run.config.sft, run.config.model, run.config.views
+    inputs: dict[str, Path | str] = {"model": checkpoint_path(model.path)}
+    inputs |= {f"data {i}": source for i, source in enumerate(sft.data)}
+    if sft.validation:
+        inputs["validation"] = sft.validation
+    return [StagePlan("sft", inputs, {"sft": sft, "model": model, "views": views})]
+
+
+def sft(run: RunDir, config: Config, *, redo: bool = False, gpus: int = 1) -> Path:
+    """Fine-tune the captioner on captions; returns its stage, with the checkpoint in ``captioner/``.
+
+    Args:
+        run: Run directory; made if it does not exist.
+        config: Settings; `model`, `views` and `sft` are read.
+        redo: Remove the results of this stage and make them anew.
+        gpus: Processes to start, one per GPU.
+    """
+    if distributed.wanted(gpus):
+        distributed.launch("sft", run, config, gpus, redo=redo)
+        return Run.open(run, config).stage_dir("sft")
     with distributed.main_first(config.model.device):
-        run = Run.open(args.run_dir, config)
-        data = [resolve(source, run) for source in sft.data]
-        inputs = {"model": checkpoint_path(config.model.path)} | {
-            f"data {i}": path for i, path in enumerate(data)
-        }
-        if sft.validation:
-            inputs["validation"] = resolve(sft.validation, run)
-        section = {"sft": sft, "model": config.model, "views": config.views}
-        stage = run.stage("sft", section, inputs, redo=args.redo)
+        run = Run.open(run, config)
+        [planned] = plan(run)
+        stage = begin(run, planned, redo)
     if stage.done:
         print(f"sft was done before: {stage.dir}")
-        return 0
+        return stage.dir
+    _train(config, stage)
+    return stage.dir
+
+
+def _train(config: Config, stage: Stage) -> None:
+    sft, inputs = config.sft, stage.inputs
     from captioner.fit import train
     from captioner.models import adapters, fuse, model, render, soft_prompt
+
+    data = [path for name, path in inputs.items() if name.startswith("data ")]
 
     def learned(paths: Sequence[Path], name: str) -> TrainingImages:
         rows = [row for path in paths for row in read_folder(path)]
@@ -69,7 +87,7 @@ def run(config: Config, args: argparse.Namespace) -> int:
     shard = sft.tuning.type == "full" and sft.tuning.shard
     metrics = train.train_sft(captioner, renderer, images, training, stage.dir, held_out, shard=shard)
     if not is_main():
-        return 0
+        return
     adapter = adapters.name_of(captioner)
     if adapter:
         adapters.save(captioner, adapter, stage.dir / "adapter")
@@ -91,7 +109,6 @@ def run(config: Config, args: argparse.Namespace) -> int:
         f", {name} {metrics[name]:.4f}" for name in ("loss", "validation_loss") if name in metrics
     )
     print(f"sft: {training.steps} steps on {len(images)} images{losses}: {stage.dir}")
-    return 0
 
 
 def _lacking(row: ImageRow, columns: Sequence[str]) -> str | None:

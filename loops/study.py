@@ -7,7 +7,6 @@ Intervals are Student's t over seeds, 95 %.
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import json
 import math
@@ -15,14 +14,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from types import ModuleType
-from typing import Any
+from typing import Literal, get_args
 
 from captioner.config import Config, load
 from captioner.errors import ConfigError
-from captioner.runs import atomic_write_json, atomic_write_text
+from captioner.runs import Run, RunDir, atomic_write_json, atomic_write_text
+from loops.stages import StagePlan
 
 HOME = Path(__file__).with_name("studies")
-STUDIES = tuple(sorted(file.stem for file in HOME.glob("[a-z]*.py")))
+Name = Literal["golden", "loss", "rounds", "tuning", "views", "all"]
 # 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145)
 UNKNOWN = "–"
@@ -30,33 +30,40 @@ UNKNOWN = "–"
 Results = dict[str, dict[str, float]]  # arm -> metric -> value
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", choices=[*STUDIES, "all"], help="which claim")
-    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 to N-1 (default 3)")
-    parser.add_argument("--out", type=Path, metavar="FILE.md", help="write the table here, too")
+def plan(run: Run, name: Name, out: Path | None = None) -> list[StagePlan]:
+    """What is written."""
+    outputs = [run.path / each for each in _names(name)] + ([out] if out else [])
+    return [StagePlan("", {}, outputs=outputs)]
 
 
-def plan(config: Config, args: argparse.Namespace) -> dict[str, Any]:
-    return {"studies": _names(args), "seeds": args.seeds, "writes": str(args.run_dir)}
+def study(run: RunDir, config: Config, name: Name, *, seeds: int = 3, out: Path | None = None) -> list[str]:
+    """Measure a claim on scenes over seeds; returns the tables, as Markdown.
 
-
-def run(config: Config, args: argparse.Namespace) -> None:
-    if args.seeds < 1:
-        raise ConfigError(f"{args.seeds} seeds", mend="--seeds 3")
+    Args:
+        run: Directory that holds what is measured.
+        config: Settings; where none differs from its default, those of the study are taken.
+        name: Which claim.
+        seeds: Number of seeds, 0 to N-1.
+        out: Write the table to this file, too.
+    """
+    if seeds < 1:
+        raise ConfigError(f"--seeds {seeds} must be at least 1", mend="--seeds 3")
+    home = run.path if isinstance(run, Run) else Path(run)
     tables = []
-    for name in _names(args):
-        study = importlib.import_module(f"loops.studies.{name}")
-        toml = HOME / f"{name}.toml"
+    for each in _names(name):
+        measured = importlib.import_module(f"loops.studies.{each}")
+        toml = HOME / f"{each}.toml"
         settings = load(toml, {}, config) if toml.is_file() and config == Config() else config
-        results = [measure(study, settings, args.run_dir / name, seed) for seed in range(args.seeds)]
-        tables.append(table(study, name, results))
+        results = [measure(measured, settings, home / each, seed) for seed in range(seeds)]
+        tables.append(table(measured, each, results))
         print(tables[-1])
-    if args.out:
-        atomic_write_text(args.out, "\n".join(tables))
+    if out:
+        atomic_write_text(out, "\n".join(tables))
+    return tables
 
 
-def _names(args: argparse.Namespace) -> Sequence[str]:
-    return STUDIES if args.name == "all" else (args.name,)
+def _names(name: str) -> Sequence[str]:
+    return get_args(Name)[:-1] if name == "all" else (name,)
 
 
 def measure(study: ModuleType, config: Config, home: Path, seed: int) -> Results:

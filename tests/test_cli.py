@@ -1,5 +1,8 @@
 """The command line: help at once, plans that touch nothing, errors without a traceback."""
 
+import inspect
+import os
+import shutil
 import subprocess
 import sys
 import time
@@ -8,15 +11,20 @@ from pathlib import Path
 
 import pytest
 
+from captioner import scenes
 from captioner.config import Config, fields
 from captioner.errors import DataError, Refused
 from captioner.runs import Run
-from loops import cli
+from loops import cli, sft, stages
 
 REPO = Path(__file__).resolve().parent.parent
+SNAPSHOTS = REPO / "tests" / "snapshots"
 NEEDED = {  # words without which a command does not start
     "caption": ["images", "--out", "captions"],
-    "data": ["stats", "images"],
+    "data stats": ["images"],
+    "data convert": ["images", "--out", "o"],
+    "data filter": ["images", "--out", "o"],
+    "data reformulate": ["images", "--out", "o"],
     "export": ["--out", "exported"],
     "scenes": ["--out", "drawn"],
     "serve": ["scenes-base"],
@@ -46,10 +54,7 @@ def test_help_of_every_command_imports_nothing_heavy() -> None:
         import sys
         from loops import cli
         for name in cli.COMMANDS:
-            try:
-                cli.main([name, "--help"])
-            except SystemExit as end:
-                assert end.code == 0, name
+            assert cli.main([*name.split(), "--help"]) == 0, name
             loaded = [library for library in sys.argv[1:] if library in sys.modules]
             assert not loaded, (name, loaded)
     """
@@ -58,38 +63,147 @@ def test_help_of_every_command_imports_nothing_heavy() -> None:
     assert answer.returncode == 0, answer.stderr[-2000:]
 
 
+def snapshot(name: str, text: str) -> None:
+    """Compare with tests/snapshots/NAME.txt; CAPTIONER_SNAPSHOTS=write makes the file anew."""
+    file = SNAPSHOTS / f"{name}.txt"
+    if os.environ.get("CAPTIONER_SNAPSHOTS") == "write":
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(text)
+    assert text == file.read_text(), f"CAPTIONER_SNAPSHOTS=write pytest {__file__} rewrites {file.name}"
+
+
+def printed(words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("COLUMNS", "100")
+    assert cli.main(words) == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["", *cli.COMMANDS])
+def test_help_reads_as_its_snapshot(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = printed([*name.split(), "--help"], capsys, monkeypatch)
+    snapshot(f"help-{name.replace(' ', '-') or 'captioner'}", text)
+
+
 @pytest.mark.parametrize("name", cli.COMMANDS)
-def test_help_has_a_line_per_field(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as end:
-        cli.main([name, "--help"])
-    text = capsys.readouterr().out
-    assert end.value.code == 0
+def test_every_flag_is_described_and_there_are_few(name: str) -> None:
+    parameters = cli.flags_of(cli.COMMANDS[name])
+    assert [flag for flag, text in parameters.items() if not text] == []
+    assert len(parameters) < 12
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_help_all_has_a_line_per_field(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = printed([*name.split(), "--help-all"], capsys, monkeypatch)
     sections = cli.COMMANDS[name].sections
     wanted = [dotted for dotted, _ in fields() if "." not in dotted or dotted.partition(".")[0] in sections]
     assert [dotted for dotted in wanted if f"\n  --{dotted}\n" not in text] == []
     assert " ".join(text.split()).count("(default ") >= len(wanted)
 
 
-@pytest.mark.parametrize("name", cli.COMMANDS)
-def test_dry_run_touches_nothing(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_help_of_a_section(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    text = printed(["dpo", "--help", "views"], capsys, monkeypatch)
+    named = [line.strip() for line in text.splitlines() if line.startswith("  --")]
+    assert named == [f"--{dotted}" for dotted, _ in fields() if dotted.startswith("views.")]
+
+
+def test_help_of_a_group(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    text = printed(["data", "--help"], capsys, monkeypatch)
+    rows = [line[2:].split("  ")[0] for line in text.splitlines() if line.startswith("  ")]
+    assert rows == [name for name in cli.COMMANDS if name.startswith("data ")]
+
+
+def test_verbs_take_no_parsed_arguments() -> None:
+    """Every command is a function of (run, config, ...) that Python can call."""
+    for name, command in cli.COMMANDS.items():
+        parameters = list(inspect.signature(cli.load(command)).parameters)
+        assert parameters[:2] == ["run", "config"], name
+
+
+@pytest.fixture
+def ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with a run up to its first round, images and captions."""
     monkeypatch.chdir(tmp_path)
-    assert cli.main([name, *NEEDED.get(name, []), "--dry-run", "--seed", "5"]) == 0
+    run = Run.open(tmp_path / "runs/default", Config())
+    for name in (
+        "sft",
+        "round-1/qa",
+        "round-1/candidates",
+        "round-1/claims",
+        "round-1/golden",
+        "round-1/pairs",
+    ):
+        run.stage(name, {}, {"images": tmp_path} if name.endswith("candidates") else {}).finish({})
+    for folder in ("runs/default/sft/captioner", "runs/default/round-1/qa/captioner", "images"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "runs/default/round-1/qa/calibration.json").write_text("{}")
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_dry_run_touches_nothing(name: str, ready: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path: path.stat().st_mtime_ns for path in ready.rglob("*")}
+    assert cli.main([*name.split(), *NEEDED.get(name, []), "--dry-run", "--seed", "5"]) == 0
     shown = capsys.readouterr().out
-    assert "seed = 5   # default 0" in shown and "writes" in shown
-    assert "{" not in shown, "a place that the plan does not fill in"
-    assert list(tmp_path.iterdir()) == []
+    assert "seed = 5   # default 0" in shown
+    assert "  reads " in shown or "  writes " in shown
+    assert {path: path.stat().st_mtime_ns for path in ready.rglob("*")} == before
 
 
-def test_dry_run_tells_what_is_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = Run.open(tmp_path / "run", Config())
-    stage = run.stage("sft", {}, {})
-    cli.main(["sft", "--run", str(run.path), "--dry-run"])
+@pytest.mark.parametrize(
+    ("words", "missing"),
+    [
+        (["sft", "--model.path", "nowhere"], "stage sft needs model, which does not exist\n  where: nowhere"),
+        (
+            ["sft", "--sft.data", "none/such"],
+            "stage sft needs data 0, which does not exist\n  where: none/such",
+        ),
+        (["qa", "--run", "other"], "captioner sft --run other"),
+        (["golden", "--round", "2"], "captioner iterate --round 1 --run runs/default"),
+        (["dpo", "--golden.images", "x"], ""),
+        (["caption", "gone", "--out", "o"], "the command needs images, which does not exist\n  where: gone"),
+        (["report", "--run", "other"], "other/run.json"),
+        (["data", "convert", "gone", "--out", "o"], "where: gone"),
+    ],
+)
+def test_dry_run_checks_that_inputs_exist(
+    words: list[str], missing: str, ready: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([*words, "--dry-run"]) == (2 if missing else 0)
+    assert missing in capsys.readouterr().err
+
+
+def test_dry_run_of_a_round_counts_what_its_earlier_stages_make(
+    ready: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.rmtree(ready / "runs/default/round-1")
+    assert cli.main(["iterate", "--rounds", "1-2", "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    names = [line for line in shown.splitlines() if line.startswith("stage ")]
+    assert names == [f"stage round-1/{name}:" for name in
+                     ("qa", "candidates", "planted", "claims", "golden", "pairs", "dpo")]  # fmt: skip
+    assert "MISSING" not in shown
+
+
+def test_dry_run_tells_what_is_done_and_what_is_stale(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same declaration serves the run and the dry run: what one begins the other finds unchanged."""
+    scenes.write("sft", 1, tmp_path / "images")
+    config = Config.model_validate({"sft": {"data": [str(tmp_path / "images")], "validation": None}})
+    run = Run.open(tmp_path / "run", config)
+    [plan] = sft.plan(run)
+    stage = stages.begin(run, plan)
+    assert cli.main(["sft", "--run", str(run.path), "--dry-run"]) == 0
     assert "run/sft   (begun, would continue)" in capsys.readouterr().out
     stage.finish({})
     cli.main(["sft", "--run", str(run.path), "--dry-run"])
     assert "run/sft   (done)" in capsys.readouterr().out
+    cli.main(["sft", "--run", str(run.path), "--dry-run", "--sft.soft_prompt.length", "4"])
+    assert "(stale: sft.soft_prompt.length: 8 -> 4; needs --redo)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -100,11 +214,18 @@ def test_dry_run_tells_what_is_done(tmp_path: Path, capsys: pytest.CaptureFixtur
         (["sft", "--sft.trainin.steps", "3"], ["unknown field sft.trainin.steps", "sft.training.steps"]),
         (["sft", "--sft.training.steps=0"], ["sft.training.steps = '0'", "greater than or equal to 1"]),
         (["sft", "--sft.training.steps"], ["--sft.training.steps needs a value"]),
-        (["sft", "--steps", "3"], ["unrecognized arguments: --steps 3", "captioner sft --help"]),
+        (["sft", "--steps", "3"], ["Unknown option: --steps", "captioner sft --help"]),
+        (["sft", "3"], ["unexpected argument 3", "captioner sft --help"]),
+        (["caption", "images"], ["--out", "captioner caption --help"]),
+        (
+            ["caption", "images", "--out", "o", "--format", "csv"],
+            ['Invalid value "csv" for --format', "parquet"],
+        ),
         (["sft", "no.toml"], ["cannot read the config file", "no.toml"]),
         (["sft", "a.toml", "b.toml"], ["two config files"]),
-        (["qa", "--round", "0"], ["--round", "'0' is no round"]),
-        (["iterate", "--rounds", "3-1"], ["'3-1' is no range of rounds"]),
+        (["qa", "--round", "x"], ["--round", '"x"', "captioner qa --help"]),
+        (["qa", "--round", "0"], ["--round", "Must be >= 1"]),
+        (["iterate", "--rounds", "3-1"], ["'3-1' must be a range", "--rounds 1-3"]),
     ],
 )
 def test_what_the_user_can_mend_exits_2(
@@ -122,30 +243,29 @@ def test_what_the_user_can_mend_exits_2(
         assert part in shown.err
 
 
-class Loop(types.ModuleType):
+class Verb(types.ModuleType):
     """A command whose work is given by the test."""
 
     def __init__(self, work: object):
         super().__init__("loops.stub")
         self.work, self.seen = work, []  # type: ignore[var-annotated]
+        self.stub.__func__.__module__ = self.__name__  # type: ignore[attr-defined]
 
-    def run(self, config: Config, args: cli.Args) -> int | None:
-        self.seen.append((config, args))
+    def stub(self, run: Path, config: Config, round: int = 1, *, redo: bool = False) -> object:
+        self.seen.append((run, config, round, redo))
         if isinstance(self.work, BaseException):
             raise self.work
-        return self.work  # type: ignore[return-value]
+        return self.work
 
 
 @pytest.fixture
 def stub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):  # type: ignore[no-untyped-def]
-    def install(work: object) -> Loop:
-        loop = Loop(work)
-        monkeypatch.setitem(sys.modules, "loops.stub", loop)
-        return loop
+    def install(work: object) -> Verb:
+        verb = Verb(work)
+        monkeypatch.setitem(sys.modules, "loops.stub", verb)
+        return verb
 
-    monkeypatch.setitem(
-        cli.COMMANDS, "stub", cli.Command("loops.stub", "a stub", writes=("{run}/round-{round}",))
-    )
+    monkeypatch.setitem(cli.COMMANDS, "stub", cli.Command("loops.stub:stub", "a stub"))
     monkeypatch.chdir(tmp_path)
     return install
 
@@ -172,25 +292,19 @@ def test_our_bugs_keep_their_traceback(stub) -> None:  # type: ignore[no-untyped
         cli.main(["stub"])
 
 
-def test_config_and_flags_reach_the_loop(stub, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_config_and_flags_reach_the_verb(stub, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """Defaults < the run's stored config < TOML < flags."""
-    loop = stub(None)
+    verb = stub(None)
     stored = Config.model_validate({"max_failed": 0.2, "seed": 1, "dpo": {"beta": 0.5}})
     Run.open(tmp_path / "r", stored)
     (tmp_path / "a.toml").write_text("seed = 2\ndpo.beta = 0.6\n")
     assert cli.main(["stub", "--round", "2", "a.toml", "--run", "r", "--redo", "--dpo.beta=0.7"]) == 0
-    config, args = loop.seen[0]
+    place, config, round, redo = verb.seen[0]
     assert (config.max_failed, config.seed, config.dpo.beta) == (0.2, 2, 0.7)
-    assert (args.run_dir, args.round, args.rounds, args.redo, args.dry_run) == (
-        Path("r"),
-        2,
-        None,
-        True,
-        False,
-    )
+    assert (place, round, redo) == (Path("r"), 2, True)
     assert cli.main(["stub", "--max-failed", "0.3"]) == 0
-    config, args = loop.seen[1]
-    assert (config.max_failed, args.run_dir, args.round) == (0.3, Path("runs/default"), 1)
+    place, config, round, redo = verb.seen[1]
+    assert (config.max_failed, place, round, redo) == (0.3, Path("runs/default"), 1, False)
 
 
 def test_a_setting_that_only_the_run_remembers_is_named(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
@@ -21,6 +20,7 @@ from captioner import scenes
 from captioner.config import Config
 from captioner.errors import Refused
 from captioner.judges import metrics
+from captioner.runs import Run
 from loops import demo, iterate
 from tests import tiny
 
@@ -55,20 +55,17 @@ def small(home: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def arguments(tmp_path_factory: pytest.TempPathFactory) -> argparse.Namespace:
+def made(tmp_path_factory: pytest.TempPathFactory) -> Run:
     home = tmp_path_factory.mktemp("demo")
     config = Config.model_validate(small(home))
-    made = argparse.Namespace(
-        run_dir=home / "run", redo=False, dry_run=False, round=1, rounds=None, seeds=1, config=config
-    )
-    assert demo.run(config, made) == 0
-    return made
+    demo.demo(home / "run", config, gpus=1)
+    return Run(home / "run", config)
 
 
-def test_demo_runs_and_resumes(arguments: argparse.Namespace, capsys: pytest.CaptureFixture[str]) -> None:
-    run_dir: Path = arguments.run_dir
+def test_demo_runs_and_resumes(made: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    run_dir = made.path
     stages = {path: path.stat().st_mtime_ns for path in run_dir.rglob("stage.json")}
-    assert demo.run(arguments.config, arguments) == 0
+    demo.demo(made, made.config, gpus=1)
     assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("stage.json")} == stages
     out = capsys.readouterr().out
     for wanted in ("-- sft:", "-- round 1:", "-- evaluation:", "-- report:", "demo done in", "Captioner"):
@@ -80,13 +77,12 @@ def test_demo_runs_and_resumes(arguments: argparse.Namespace, capsys: pytest.Cap
 
 
 CHILD = """
-import argparse, sys
+import sys
 from pathlib import Path
 from captioner.config import Config
 from loops import demo
 config = Config.model_validate_json(Path(sys.argv[1]).read_text())
-flags = dict(redo=False, dry_run=False, round=1, rounds=None, seeds=1)
-sys.exit(demo.run(config, argparse.Namespace(run_dir=Path(sys.argv[2]), **flags)))
+demo.demo(sys.argv[2], config, gpus=1)
 """
 
 
@@ -108,18 +104,16 @@ def rows(run: Path) -> dict[str, object]:
     return found | {"captions": [json.loads(line)["caption"] for line in lines]}
 
 
-def test_killed_at_any_moment_it_ends_with_the_same_rows(
-    arguments: argparse.Namespace, tmp_path: Path
-) -> None:
+def test_killed_at_any_moment_it_ends_with_the_same_rows(made: Run, tmp_path: Path) -> None:
     """kill -9 of the whole process group at random moments, again and again, then the same command.
 
     A moment is a number of files that the run holds, for no clock tells how fast a machine is, and up to a
     second of sleep after it, so that it also falls in the middle of the work on the next file.
     """
-    (tmp_path / "config.json").write_text(arguments.config.model_dump_json())
+    (tmp_path / "config.json").write_text(made.config.model_dump_json())
     words = [sys.executable, "-c", CHILD, str(tmp_path / "config.json"), str(tmp_path / "run")]
     rng, kills = random.Random(time.time_ns()), 0
-    moments = sorted(rng.sample(range(1, files(arguments.run_dir) * 9 // 10), KILLS))
+    moments = sorted(rng.sample(range(1, files(made.path) * 9 // 10), KILLS))
     while True:
         child = subprocess.Popen(words, stdout=subprocess.DEVNULL, start_new_session=True)
         while child.poll() is None and not (moments and files(tmp_path / "run") >= moments[0]):
@@ -132,7 +126,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_rows(
         kills += 1
         moments = [moment for moment in moments if moment > files(tmp_path / "run")]
     assert child.returncode == 0 and kills
-    undisturbed = rows(arguments.run_dir)
+    undisturbed = rows(made.path)
     assert rows(tmp_path / "run") == undisturbed
 
 
@@ -169,22 +163,22 @@ def test_table_over_seeds() -> None:
 
 
 def test_demo_goes_on_after_a_refused_round(
-    arguments: argparse.Namespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    made: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked: list[int] = []
 
-    def refuse(run: object, number: int, args: argparse.Namespace) -> None:
+    def refuse(run: object, number: int, **flags: object) -> None:
         asked.append(number)
-        home = arguments.run_dir / f"round-{number}"
+        home = made.path / f"round-{number}"
         (home / "gate.json").write_text('{"promoted": false, "reasons": []}')
         raise Refused(f"the gate refused round {number}")
 
     monkeypatch.setattr(iterate, "run_round", refuse)
-    gate = arguments.run_dir / "round-1" / "gate.json"
+    gate = made.path / "round-1" / "gate.json"
     before = gate.read_text()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("loops.caption.run", lambda config, args: 0)
-        assert demo.run(arguments.config, arguments) == 0
+        patch.setattr("loops.caption.caption", lambda *args, **flags: None)
+        demo.demo(made, made.config, gpus=1)
     gate.write_text(before)
     assert asked == [1]
     assert "the demo goes on with" in capsys.readouterr().out

@@ -1,6 +1,5 @@
 """Several processes train as one: real processes, gloo on the CPU."""
 
-import argparse
 import json
 import os
 import shutil
@@ -75,7 +74,7 @@ def test_two_processes_equal_one_with_twice_the_accumulation_and_a_killed_rank_s
     tiny_checkpoint(tmp_path / "base")
     fields = FIELDS | {"model.path": str(tmp_path / "base")}
     one: Config = load(None, fields | {"sft.training.accumulation": "2"})
-    assert sft.run(one, argparse.Namespace(run_dir=tmp_path / "one", redo=False, gpus=1)) == 0
+    sft.sft(tmp_path / "one", one)
 
     two = start(tmp_path / "two", fields, "--gpus", "2")
     while two.poll() is None and not list((tmp_path / "two").glob("sft/checkpoints/*/trainer_state.json")):
@@ -108,13 +107,11 @@ def test_two_processes_fill_the_shards_of_a_round_with_the_rows_of_one(tmp_path:
     settings = small(tmp_path)
     settings["golden"]["shard_rows"] = 2  # three shards: the ranks' shares are not equal
     config = Config.model_validate(settings)
-    args = argparse.Namespace(run_dir=tmp_path / "one", redo=False, round=1, rethreshold=None)
-    for loop in (sft, qa):
-        assert loop.run(config, args) == 0
+    sft.sft(tmp_path / "one", config)
+    qa.qa(tmp_path / "one", config, 1)
     shutil.copytree(tmp_path / "one", tmp_path / "two")
-    assert golden.run(config, args) == 0
-    args.run_dir, args.gpus = tmp_path / "two", 2
-    assert golden.run(config, args) == 0
+    golden.golden(tmp_path / "one", config, 1)
+    golden.golden(tmp_path / "two", config, 1, gpus=2)
     files = [path.relative_to(tmp_path / "one") for path in (tmp_path / "one/round-1").rglob("*.parquet")]
     assert sum(path.parent.name in ("candidates", "claims", "pairs") for path in files) == 9
     for file in files:
@@ -145,7 +142,7 @@ def test_full_tuning_in_parts_under_torchrun(tmp_path: Path) -> None:
     fields = FIELDS | {"model.path": str(tmp_path / "base"), "sft.tuning.type": "full"}
     fields |= {"sft.training.steps": "8", "sft.training.patience": "9"}
     one: Config = load(None, fields | {"sft.training.accumulation": "2"})
-    assert sft.run(one, argparse.Namespace(run_dir=tmp_path / "one", redo=False, gpus=1)) == 0
+    sft.sft(tmp_path / "one", one)
 
     two = start(tmp_path / "two", fields, launcher=TORCHRUN)
     while two.poll() is None and not list((tmp_path / "two").glob("sft/checkpoints/*/trainer_state.json")):
@@ -215,13 +212,14 @@ def test_a_message_of_another_rank_is_passed_on(tmp_path: Path) -> None:
     broken = start(tmp_path / "run", fields | {"sft.validation": "none"}, "--gpus", "2")
     _, said = broken.communicate(timeout=400)
     assert broken.returncode == 2
-    assert said.count("bad image") == 1 and str(bad) in said and "Traceback" not in said
+    assert said.count("bad image") == 1 and "captioner sft ended with exit code 2" in said
+    assert str(bad) in said and "Traceback" not in said
 
 
 def test_fewer_gpus_than_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     with pytest.raises(ConfigError, match="--gpus 3, and there are 1") as caught:
-        distributed.launch("sft", Config(), argparse.Namespace(gpus=3))
+        distributed.launch("sft", "run", Config(), 3)
     assert caught.value.mend == "--gpus 1"
 
 

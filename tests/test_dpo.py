@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import signal
 import subprocess
@@ -614,14 +613,14 @@ def test_command_killed_twice_equals_an_uninterrupted_one(
     config, alone, killed = round_config(), tmp_path / "alone", tmp_path / "killed"
     for run_dir in (alone, killed):
         made_round(run_dir, config, pairs, folder)
-    loop.run(config, argparse.Namespace(run_dir=alone, redo=False, round=1))
+    loop.dpo(alone, config, 1)
     home = killed / "round-1" / "dpo"
     for where, out in (("SFT", home / "golden-sft"), ("DPO", home)):
         done = command(where, killed)
         assert done.returncode == -signal.SIGKILL, done.stderr
         assert checkpoints(out) == ["checkpoint-2"]
         assert not (killed / "round-1" / "captioner").exists()
-    loop.run(config, argparse.Namespace(run_dir=killed, redo=False, round=1))
+    loop.dpo(killed, config, 1)
     made = [load_file(each / "round-1" / "captioner" / "model.safetensors") for each in (alone, killed)]
     for name, weights in made[0].items():
         torch.testing.assert_close(made[1][name], weights, rtol=0, atol=1e-6, msg=name)
@@ -640,14 +639,14 @@ def test_command_stopped_by_an_alarm_keeps_the_old_captioner(
     done = command("nowhere", tmp_path)
     assert done.returncode == 3, done.stderr
     with pytest.raises(Refused, match="nats a token from the SFT captioner") as again:
-        loop.run(config, argparse.Namespace(run_dir=tmp_path, redo=False, round=1))
+        loop.dpo(tmp_path, config, 1)
     seen = json.loads((home / "alarm.json").read_text())
     assert seen["what"] == again.value.what and seen["what"] in done.stderr
     assert seen["kept"] == checkpoints(home)[-1] and f"checkpoint: {seen['kept']}" in done.stderr
     assert not (tmp_path / "round-1" / "captioner").exists() and not (home / "stage.json").exists()
     assert Run.open(tmp_path, config).newest_captioner() == tmp_path / "sft" / "captioner"
     gentle = round_config(golden_sft_steps=0)
-    assert loop.run(gentle, argparse.Namespace(run_dir=tmp_path, redo=True, round=1)) == 0
+    assert loop.dpo(tmp_path, gentle, 1, redo=True) == tmp_path / "round-1" / "captioner"
     assert (tmp_path / "round-1" / "captioner").is_dir() and not (home / "alarm.json").exists()
 
 
@@ -655,8 +654,7 @@ def test_command_stopped_by_an_alarm_keeps_the_old_captioner(
 def test_dpo_command(pairs: list[Pair], folder: Path, tmp_path: Path, golden_sft_steps: int) -> None:
     config, run_dir = round_config(golden_sft_steps=golden_sft_steps), tmp_path / "run"
     made_round(run_dir, config, pairs, folder)
-    args = argparse.Namespace(run_dir=run_dir, redo=False, round=1)
-    assert loop.run(config, args) == 0
+    loop.dpo(run_dir, config, 1)
 
     home = run_dir / "round-1"
     reference = home / "dpo" / "reference" if golden_sft_steps else run_dir / "sft" / "captioner"
@@ -689,7 +687,7 @@ def test_two_processes_equal_one_with_twice_the_accumulation(
         config = Config.model_validate({"dpo": dpo, "model": {"device": "cpu"}, **held_out})
         run_dir = tmp_path / str(gpus)
         made_round(run_dir, config, pairs, folder)
-        assert loop.run(config, argparse.Namespace(run_dir=run_dir, redo=False, round=1, gpus=gpus)) == 0
+        loop.dpo(run_dir, config, 1, gpus=gpus)
         lines = (run_dir / "round-1" / "dpo" / "metrics.jsonl").read_text().splitlines()
         logged.append([json.loads(line) for line in lines])
     one, two = logged
@@ -713,7 +711,7 @@ def test_pairs_of_an_evaluation_image_are_refused(pairs: list[Pair], folder: Pat
     )
     made_round(tmp_path / "run", config, pairs, folder)
     with pytest.raises(Refused, match="4 images of the pairs are evaluation images"):
-        loop.run(config, argparse.Namespace(run_dir=tmp_path / "run", redo=False, round=1))
+        loop.dpo(tmp_path / "run", config, 1)
 
 
 def test_a_round_without_pairs_names_the_command(tmp_path: Path) -> None:
@@ -721,4 +719,4 @@ def test_a_round_without_pairs_names_the_command(tmp_path: Path) -> None:
     Run.open(tmp_path / "run", config)
     (tmp_path / "run" / "sft" / "captioner").mkdir(parents=True)
     with pytest.raises(RunError, match="captioner golden --round 1"):
-        loop.run(config, argparse.Namespace(run_dir=tmp_path / "run", redo=False, round=1))
+        loop.dpo(tmp_path / "run", config, 1)

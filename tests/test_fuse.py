@@ -1,6 +1,5 @@
 """The exported checkpoint is the same function, is stock, and is there whole or not at all."""
 
-import argparse
 import json
 import os
 import subprocess
@@ -262,11 +261,6 @@ def test_misfitting_plan_changes_nothing() -> None:
 # ── the command ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-def arguments(**given: object) -> argparse.Namespace:
-    flags = {"run_dir": Path("none"), "redo": False, "adapter": None, "multiple": 1, "verify": False}
-    return argparse.Namespace(**flags | given)
-
-
 def test_export_command_fuses_an_adapter_folder(tmp_path: Path) -> None:
     captioner = tiny_checkpoint(tmp_path / "base", "qwen3_vl")
     add(captioner, "captioner", 5, 7)
@@ -276,19 +270,19 @@ def test_export_command_fuses_an_adapter_folder(tmp_path: Path) -> None:
     soft_prompt.save(captioner, tmp_path / "adapter")
     config = Config(model=ModelConfig(path=str(tmp_path / "base")))
     out = tmp_path / "out"
-    assert export.run(config, arguments(adapter=tmp_path / "adapter", out=out)) == 0
+    export.export("none", config, adapter=tmp_path / "adapter", out=out)
     fed = inputs(captioner, captioner.soft_prompt_ids)
     torch.testing.assert_close(logits(model.load(out), fed), logits(captioner, fed), atol=1e-4, rtol=1e-4)
     with pytest.raises(RunError, match="something at the place"):
-        export.run(config, arguments(adapter=tmp_path / "adapter", out=out))
-    assert export.run(config, arguments(adapter=tmp_path / "adapter", out=out, redo=True)) == 0
+        export.export("none", config, adapter=tmp_path / "adapter", out=out)
+    export.export("none", config, adapter=tmp_path / "adapter", out=out, redo=True)
     (tmp_path / "empty").mkdir()
     with pytest.raises(RunError, match="holds no adapter"):
-        export.run(config, arguments(adapter=tmp_path / "empty", out=tmp_path / "other"))
+        export.export("none", config, adapter=tmp_path / "empty", out=tmp_path / "other")
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "file").touch()
     with pytest.raises(RunError, match="something at the place"):
-        export.run(config, arguments(adapter=tmp_path / "adapter", out=tmp_path / "precious", redo=True))
+        export.export("none", config, adapter=tmp_path / "adapter", out=tmp_path / "precious", redo=True)
 
 
 def test_export_command_writes_the_runs_captioner(tmp_path: Path) -> None:
@@ -298,7 +292,7 @@ def test_export_command_writes_the_runs_captioner(tmp_path: Path) -> None:
     run = Run.open(tmp_path / "run", config)
     captioner = adapted("qwen2_vl", torch.float64)
     fuse.export(captioner, run.captioner_dir(0))
-    assert export.run(config, arguments(run_dir=tmp_path / "run", out=tmp_path / "out")) == 0
+    export.export(tmp_path / "run", config, out=tmp_path / "out")
     fed = inputs(captioner, captioner.soft_prompt_ids)
     again = reload(tmp_path / "out", captioner)  # float64, as it was stored
     torch.testing.assert_close(logits(again, fed), logits(captioner, fed), atol=1e-12, rtol=1e-12)
@@ -323,12 +317,10 @@ def test_export_command_verifies_and_tells_of_the_training(
     }
     config = load(None, fields)
     run = tmp_path / "run"
-    assert sft.run(config, argparse.Namespace(run_dir=run, redo=False, gpus=1)) == 0
+    sft.sft(run, config)
     assert "lora_A" in capsys.readouterr().out
-    given = arguments(
-        run_dir=run, adapter=run / "sft" / "adapter", out=tmp_path / "out", verify=True, multiple=32
-    )
-    assert export.run(config, given) == 0
+    adapter = run / "sft" / "adapter"
+    export.export(run, config, out=tmp_path / "out", adapter=adapter, verify=True, multiple=32)
     assert "verified on 4 prompts: logits differ by at most" in capsys.readouterr().out
     card = (tmp_path / "out" / "README.md").read_text()
     for part in ("## Verified", "## Training: sft", "sft.tuning.type | lora", "| loss |", "scenes:sft:3"):
@@ -337,7 +329,7 @@ def test_export_command_verifies_and_tells_of_the_training(
     assert (
         json.loads((tmp_path / "out" / "config.json").read_text())["text_config"]["intermediate_size"] == 96
     )
-    assert export.run(config, arguments(run_dir=run, out=tmp_path / "again", verify=True)) == 0
+    export.export(run, config, out=tmp_path / "again", verify=True)
     assert "differ by at most 0 of" in capsys.readouterr().out  # it was a stock checkpoint before
 
 
@@ -354,11 +346,11 @@ def test_sequential_adapters_are_trained_and_not_exported(
         "sft.training.batch_size": "1",
     }
     config = load(None, fields)
-    assert sft.run(config, argparse.Namespace(run_dir=tmp_path / "run", redo=False, gpus=1)) == 0
+    sft.sft(tmp_path / "run", config)
     assert "no part of a stock checkpoint" in capsys.readouterr().out
     home = tmp_path / "run" / "sft"
     assert (home / "stage.json").is_file() and not (home / "captioner").exists()
     with pytest.raises(ConfigError, match="sequential adapter cannot be exported"):
-        export.run(config, arguments(adapter=home / "adapter", out=tmp_path / "out"))
+        export.export("none", config, adapter=home / "adapter", out=tmp_path / "out")
     with pytest.raises(RunError, match="no captioner yet"):
-        export.run(config, arguments(run_dir=tmp_path / "run", out=tmp_path / "out"))
+        export.export(tmp_path / "run", config, out=tmp_path / "out")

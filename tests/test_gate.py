@@ -11,6 +11,7 @@ import pytest
 
 from captioner.config import Config
 from captioner.errors import Refused
+from captioner.report.report import render_html
 from captioner.runs import Run
 from loops import cli, iterate, report
 from tests import photographs, tiny
@@ -89,7 +90,7 @@ def test_a_round_is_accepted_unjudged_on_the_users_word(
     assert (gate["promoted"], gate["unjudged"]) == (True, True)
     assert any("accepted unjudged" in reason for reason in gate["reasons"])
     assert run.newest_captioner() == run.captioner_dir(1)
-    assert "Gate: promoted unjudged" in report.report.render_html(report.collect(run))
+    assert "although nothing judged its truth" in render_html(report.collect(run))
 
 
 def test_the_users_word_is_no_word_for_loops(setting: Setting) -> None:
@@ -100,7 +101,9 @@ def test_the_users_word_is_no_word_for_loops(setting: Setting) -> None:
 
 def test_the_flag_reaches_the_gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    monkeypatch.setattr(iterate, "run_round", lambda *args, accept_unjudged: seen.append(accept_unjudged))
+    monkeypatch.setattr(
+        iterate, "run_round", lambda *args, accept_unjudged, **flags: seen.append(accept_unjudged)
+    )
     Run.open(tmp_path / "run", Config())
     (tmp_path / "run" / "sft" / "captioner").mkdir(parents=True)
     for words in ([], ["--accept-unjudged"]):

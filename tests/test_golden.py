@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -463,12 +462,6 @@ def config_of(home: Path, **fields: Any) -> Config:
     )
 
 
-def flags(home: Path, **more: Any) -> argparse.Namespace:
-    return argparse.Namespace(
-        **{"run_dir": home / "run", "round": 1, "redo": False, "rethreshold": None, **more}
-    )
-
-
 @pytest.fixture(scope="module")
 def ready(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A home with images (one broken) and a run that has a captioner and a verifier."""
@@ -503,7 +496,7 @@ def give_verifier(home: Path, accuracies: dict[str, float]) -> None:
 @pytest.fixture(scope="module")
 def finished(ready: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = copy_of(ready, tmp_path_factory.mktemp("finished"))
-    assert loop.run(config_of(home), flags(home)) == 0
+    loop.golden(home / "run", config_of(home), 1)
     return home
 
 
@@ -570,7 +563,7 @@ def test_claims_are_judged_and_captions_follow_them(finished: Path) -> None:
 
 
 def test_the_closing_counts_are_those_of_the_rows(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert loop.run(config_of(finished), flags(finished)) == 0  # done before: counts only
+    loop.golden(finished / "run", config_of(finished), 1)  # done before: counts only
     counts = manifest(finished, "pairs")["counts"]
     assert capsys.readouterr().out.strip() == "round 1: " + ", ".join(
         f"{n} {name}" for name, n in counts.items()
@@ -588,7 +581,7 @@ def test_the_closing_counts_are_those_of_the_rows(finished: Path, capsys: pytest
 
 def test_the_rows_of_an_image_do_not_depend_on_its_shard(ready: Path, finished: Path, tmp_path: Path) -> None:
     home = copy_of(ready, tmp_path)
-    assert loop.run(config_of(home, golden={"shard_rows": 4}), flags(home)) == 0
+    loop.golden(home / "run", config_of(home, golden={"shard_rows": 4}), 1)
     for name in loop.STAGES:
         told, rows = rows_of(finished, name), rows_of(home, name)
         for one, other in zip(told, rows, strict=True):
@@ -599,11 +592,10 @@ def test_the_rows_of_an_image_do_not_depend_on_its_shard(ready: Path, finished: 
 
 KILLED = """
     import os, signal, sys
-    from argparse import Namespace
     from pathlib import Path
     from captioner import runs
     from loops import golden
-    from tests.test_golden import config_of, flags
+    from tests.test_golden import config_of
 
     name, at, home = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
     replace = os.replace
@@ -615,7 +607,7 @@ KILLED = """
         replace(source, target)
 
     os.replace = killing
-    golden.run(config_of(home), flags(home))
+    golden.golden(home / "run", config_of(home), 1)
 """
 
 
@@ -639,7 +631,7 @@ def test_a_killed_stage_ends_with_the_same_rows(
     first = whole.stat().st_mtime_ns
     if name in ("golden", "pairs"):
         monkeypatch.setattr("captioner.models.model.load", no_model)
-    assert loop.run(config_of(home), flags(home)) == 0
+    loop.golden(home / "run", config_of(home), 1)
     assert whole.stat().st_mtime_ns == first
     for each in loop.STAGES:
         assert rows_of(home, each) == rows_of(finished, each)
@@ -653,9 +645,9 @@ def test_rethreshold_runs_no_model(finished: Path, tmp_path: Path, monkeypatch: 
     old = rows_of(home, "claims")
     keep = max(map(golden.confidence, old))
     with pytest.raises(RunError, match=r"keep.*\n.*\n.*--rethreshold"):
-        loop.run(config_of(home, golden={"keep": keep}), flags(home))
+        loop.golden(home / "run", config_of(home, golden={"keep": keep}), 1)
     assert rows_of(home, "claims") == old
-    assert loop.run(config_of(home), flags(home, rethreshold=keep)) == 0
+    loop.golden(home / "run", config_of(home), 1, rethreshold=keep)
     claims = rows_of(home, "claims")
     assert [row.p_yes for row in claims] == [row.p_yes for row in old]
     assert sum(row.verdict == "keep" for row in claims) == 1 < sum(row.verdict == "keep" for row in old)
@@ -664,8 +656,8 @@ def test_rethreshold_runs_no_model(finished: Path, tmp_path: Path, monkeypatch: 
     assert sum(row.kept for row in rows_of(home, "golden")) <= counts["kept"]
     assert {name: manifest(home, "pairs")["counts"][name] for name in counts} == counts
     # the threshold is now the run's: the plain command finds everything done
-    assert loop.run(config_of(home, golden={"keep": keep}), flags(home)) == 0
-    assert loop.run(config_of(home), flags(home, rethreshold=0.5)) == 0
+    loop.golden(home / "run", config_of(home, golden={"keep": keep}), 1)
+    loop.golden(home / "run", config_of(home), 1, rethreshold=0.5)
     for name in loop.STAGES:
         assert rows_of(home, name) == rows_of(finished, name)
 
@@ -738,7 +730,7 @@ def test_planted_claims_are_balanced_and_judged() -> None:
 
 def test_a_good_verifier_passes(scenes_home: tuple[Path, dict[str, bool]]) -> None:
     home, _ = scenes_home
-    assert loop.run(gate_config(home), flags(home)) == 0
+    loop.golden(home / "run", gate_config(home), 1)
     assert verifier_of(home)["passed"] and verifier_of(home)["distrusted"] == {}
     rows = Shards(home / "run" / "round-1" / "planted", Planted).read_all()
     assert len(rows) > 100 and {row.answer for row in rows} == {"yes", "no"}
@@ -755,7 +747,7 @@ def test_a_verifier_turned_for_one_kind_is_caught(
 ) -> None:
     home, turned = scenes_home
     turned["color"] = confident
-    assert loop.run(gate_config(home), flags(home)) == 0
+    loop.golden(home / "run", gate_config(home), 1)
     verifier = verifier_of(home)
     assert verifier["passed"] and set(verifier["distrusted"]) == {"color"}
     assert verifier["planted"]["kind color"]["accuracy"] <= 0.5
@@ -767,10 +759,10 @@ def test_a_verifier_turned_for_one_kind_is_caught(
     assert refuted  # by the other kinds
     # thresholds move, the distrust stays, and no model runs
     monkeypatch.setattr("captioner.models.model.load", no_model)
-    assert loop.run(gate_config(home), flags(home, rethreshold=0.99)) == 0
+    loop.golden(home / "run", gate_config(home), 1, rethreshold=0.99)
     assert {row.verdict for row in rows_of(home, "claims") if row.kind == "color"} == {"abstain"}
     # a lower limit trusts it again
-    assert loop.run(gate_config(home, min_kind_accuracy=0.0), flags(home, rethreshold=0.6)) == 0
+    loop.golden(home / "run", gate_config(home, min_kind_accuracy=0.0), 1, rethreshold=0.6)
     assert "abstain" not in {row.verdict for row in rows_of(home, "claims")} or not confident
 
 
@@ -816,14 +808,14 @@ def test_a_verifier_that_is_wrong_throughout_stops_the_round(
     home, turned = scenes_home
     turned.update(dict.fromkeys(scenes.KINDS, True))
     with pytest.raises(Refused, match=r"round 1 cannot be trusted: all: 0\.\d+ on \d+ planted") as refused:
-        loop.run(gate_config(home), flags(home))
+        loop.golden(home / "run", gate_config(home), 1)
     assert refused.value.exit_code == 3
     assert not verifier_of(home)["passed"]
     assert not (home / "run" / "round-1" / "claims").exists()
     turned.clear()
     with pytest.raises(Refused):  # what was measured stands
-        loop.run(gate_config(home), flags(home))
-    assert loop.run(gate_config(home), flags(home, redo=True)) == 0
+        loop.golden(home / "run", gate_config(home), 1)
+    loop.golden(home / "run", gate_config(home), 1, redo=True)
 
 
 def test_a_human_checked_file_is_the_judge(scenes_home: tuple[Path, dict[str, bool]], tmp_path: Path) -> None:
@@ -840,19 +832,19 @@ def test_a_human_checked_file_is_the_judge(scenes_home: tuple[Path, dict[str, bo
     (folder / "checked.jsonl").write_text("\n".join(lines))
     turned["color"] = True
     fields = {"planted": str(folder / "checked.jsonl")}
-    assert loop.run(gate_config(home, **fields), flags(home)) == 0
+    loop.golden(home / "run", gate_config(home, **fields), 1)
     assert set(verifier_of(home)["distrusted"]) == {"color"}
     assert verifier_of(home)["planted"]["kind color"]["accuracy"] == 0
 
 
 def test_without_planted_claims_the_held_out_questions_judge(fresh: Path) -> None:
     give_verifier(fresh, {"all": 0.9, "kind ": 0.5, "stratum swap": 0.1, "blind": 0.5})
-    assert loop.run(config_of(fresh), flags(fresh)) == 0
+    loop.golden(fresh / "run", config_of(fresh), 1)
     assert {row.verdict for row in rows_of(fresh, "claims") if row.kind == ""} == {"abstain"}
     assert not (fresh / "run" / "round-1" / "planted").exists()
     give_verifier(fresh, {"all": 0.6})
     with pytest.raises(Refused, match=r"all: 0\.600 on 99 held-out questions, limit 0\.65"):
-        loop.run(config_of(fresh), flags(fresh))
+        loop.golden(fresh / "run", config_of(fresh), 1)
 
 
 def test_undecided_claims_are_asked_again(
@@ -876,7 +868,7 @@ def test_undecided_claims_are_asked_again(
     monkeypatch.setattr(HFEngine, "p_yes", sharper)
     fields = {"reask": ["view", "wording"], "keep": 0.6, "drop": 0.4, "min_kind_accuracy": 0.0}
     config = gate_config(home, **fields).model_copy(update={"views": ViewsOverride(overlap=0.25)})
-    assert loop.run(config, flags(home)) == 0
+    loop.golden(home / "run", config, 1)
     claims = rows_of(home, "claims")
     sizes = [row for row in claims if row.kind == "size"]
     assert sizes and all(row.first_p_yes == pytest.approx(0.49) and row.p_yes > 0.6 for row in sizes)
@@ -890,7 +882,7 @@ def test_undecided_claims_are_asked_again(
 
 
 def test_what_was_not_asked_is_in_the_ledger_with_its_reason(fresh: Path) -> None:
-    assert loop.run(config_of(fresh, golden={"max_questions": 1}), flags(fresh)) == 0
+    loop.golden(fresh / "run", config_of(fresh, golden={"max_questions": 1}), 1)
     rows = Shards(fresh / "run" / "round-1" / "claims" / "unasked", Unasked).read_all()
     counts = manifest(fresh, "claims")["counts"]
     assert len(rows) == counts["uncheckable"] + counts["over_limit"] > 0
@@ -907,7 +899,7 @@ def test_what_was_not_asked_is_in_the_ledger_with_its_reason(fresh: Path) -> Non
 )
 def test_rethreshold_flags(ready: Path, more: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        loop.run(config_of(ready), flags(ready, **more))
+        loop.golden(ready / "run", config_of(ready), 1, **more)
 
 
 @pytest.fixture
@@ -917,22 +909,22 @@ def fresh(ready: Path, tmp_path: Path) -> Iterator[Path]:
 
 def test_what_a_round_needs(fresh: Path) -> None:
     with pytest.raises(RunError, match="no claims"):
-        loop.run(config_of(fresh), flags(fresh, rethreshold=0.7))
+        loop.golden(fresh / "run", config_of(fresh), 1, rethreshold=0.7)
     with pytest.raises(RunError, match="captioner iterate --round 1"):
-        loop.run(config_of(fresh), flags(fresh, round=2))
+        loop.golden(fresh / "run", config_of(fresh), 2)
     (fresh / "run" / "round-1" / "gate.json").write_text('{"promoted": false}')
     with pytest.raises(RunError, match="captioner qa --round 2"):
-        loop.run(config_of(fresh), flags(fresh, round=2))
+        loop.golden(fresh / "run", config_of(fresh), 2)
     shutil.rmtree(fresh / "run" / "sft")
     with pytest.raises(RunError, match="captioner sft"):
-        loop.run(config_of(fresh), flags(fresh))
+        loop.golden(fresh / "run", config_of(fresh), 1)
     with pytest.raises(RunError, match="no such run"):
-        loop.run(config_of(fresh), flags(fresh, run_dir=fresh / "nothing"))
+        loop.golden(fresh / "nothing", config_of(fresh), 1)
 
 
 def test_too_many_failures_are_refused_and_the_limit_lets_them_through(fresh: Path) -> None:
     with pytest.raises(Refused, match=r"1 of 5 images failed \(1 x .*\), the limit is 10%") as refused:
-        loop.run(config_of(fresh, max_failed=0.1), flags(fresh))
+        loop.golden(fresh / "run", config_of(fresh, max_failed=0.1), 1)
     assert refused.value.exit_code == 3
     assert not (fresh / "run" / "round-1" / "candidates" / "stage.json").exists()
     assert len(failures_of(fresh, "candidates")) == 1
@@ -954,7 +946,7 @@ def test_a_mutant_tool_loses_no_image_and_stops_with_a_count(fresh: Path) -> Non
     with StandIn(answer) as server:
         tool = {"type": "server", "urls": [server.url], "timeout": 0.5, "retries": 1, "in_flight": 1}
         with pytest.raises(Refused, match=r"\d of 5 images failed \(.*tool: .*the limit is 25%") as refused:
-            loop.run(config_of(fresh, tool=tool, max_failed=0.25), flags(fresh))
+            loop.golden(fresh / "run", config_of(fresh, tool=tool, max_failed=0.25), 1)
         assert refused.value.exit_code == 3
     keys = {row.key for row in rows_of(fresh, "claims")}
     failed = [row.key for row in failures_of(fresh, "claims")]
@@ -980,7 +972,7 @@ def test_what_the_verifier_cannot_answer_is_a_failure(fresh: Path, monkeypatch: 
     monkeypatch.setattr(loop, "_claims", meanwhile)
     monkeypatch.setattr(HFEngine, "p_yes", broken)
     with pytest.raises(Refused, match="5 of 5"):
-        loop.run(config_of(fresh), flags(fresh))
+        loop.golden(fresh / "run", config_of(fresh), 1)
     reasons = {row.key: row.reason for row in failures_of(fresh, "claims")}
     assert reasons["images/000000"] == loop.CHANGED
     assert loop.NOT_FINITE in reasons.values()
@@ -991,7 +983,7 @@ def test_what_the_verifier_cannot_answer_is_a_failure(fresh: Path, monkeypatch: 
 def test_redo_begins_anew(finished: Path, tmp_path: Path) -> None:
     home = copy_of(finished, tmp_path)
     with pytest.raises(RunError, match="stale"):
-        loop.run(config_of(home, golden={"samples": 2}), flags(home))
-    assert loop.run(config_of(home, golden={"samples": 2}), flags(home, redo=True)) == 0
+        loop.golden(home / "run", config_of(home, golden={"samples": 2}), 1)
+    loop.golden(home / "run", config_of(home, golden={"samples": 2}), 1, redo=True)
     assert len(rows_of(home, "candidates")) == 2 * (IMAGES - 1)
     assert all(k < 2 for row in rows_of(home, "claims") for k in row.candidates)

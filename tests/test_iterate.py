@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any, ClassVar
 
 import pytest
@@ -17,6 +15,7 @@ from captioner.engines import CaptionRequest
 from captioner.errors import ConfigError, DataError, Refused, RunError
 from captioner.records import Candidate, CaptionRow
 from captioner.runs import Run, Shards
+from captioner.sources.folder import read_folder
 from loops import evaluate, iterate, report
 from tests import tiny
 
@@ -78,31 +77,15 @@ def checkpoint(folder: Path, style: str) -> Path:
     return folder
 
 
-def step(name: str, calls: list[str], style: str | None = None) -> ModuleType:
-    """A stand-in for a loop: it notes the round and, given a style, makes the round's captioner."""
-    module = ModuleType(f"loops.{name}")
+def step(name: str, calls: list[str], style: str | None = None) -> Callable[..., None]:
+    """A stand-in for a verb: it notes the round and, given a style, makes the round's captioner."""
 
-    def work(config: Config, args: argparse.Namespace) -> None:
-        calls.append(f"{name} {args.round}")
+    def work(run: Path, config: Config, round: int, **flags: Any) -> None:
+        calls.append(f"{name} {round}")
         if style:
-            checkpoint(args.run_dir / f"round-{args.round}" / "captioner", style)
+            checkpoint(run / f"round-{round}" / "captioner", style)
 
-    module.run = work  # type: ignore[attr-defined]
-    return module
-
-
-def arguments(run: Run, **values: Any) -> argparse.Namespace:
-    common = {
-        "run_dir": run.path,
-        "round": 1,
-        "rounds": None,
-        "redo": False,
-        "dry_run": False,
-        "checkpoint": [],
-        "questions": None,
-        "accept_unjudged": False,
-    }
-    return argparse.Namespace(**common | values)
+    return work
 
 
 def make_steps(monkeypatch: pytest.MonkeyPatch, style: str) -> list[str]:
@@ -121,7 +104,7 @@ def scores(path: Path) -> dict[str, dict[str, float | None]]:
 def test_evaluate_scores_every_captioner_of_the_run(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint(run.captioner_dir(0), "lies")
     checkpoint(run.captioner_dir(1), "oracle")
-    evaluate.run(run.config, arguments(run, round=None))
+    evaluate.evaluate(run, run.config)
     got = scores(run.path / "evaluation.json")
     assert list(got) == ["base", "SFT", "round 1"]
     assert got["base"]["precision"] == 1
@@ -136,11 +119,11 @@ def test_evaluate_scores_every_captioner_of_the_run(run: Run, capsys: pytest.Cap
 def test_a_captioner_runs_once_on_the_same_images(run: Run) -> None:
     checkpoint(run.captioner_dir(0), "half")
     for _ in range(2):
-        evaluate.run(run.config, arguments(run, round=None))
+        evaluate.evaluate(run, run.config)
     assert StandIn.loaded == ["base", "half"]
     first = (run.path / "evaluation.json").read_text()
     checkpoint(run.captioner_dir(0), "oracle")  # another captioner: captioned anew, and nothing is stale
-    evaluate.run(run.config, arguments(run, round=None))
+    evaluate.evaluate(run, run.config)
     assert StandIn.loaded == ["base", "half", "oracle"]
     assert (run.path / "evaluation.json").read_text() != first
 
@@ -150,7 +133,7 @@ def test_a_killed_evaluation_continues_at_its_missing_shard(
 ) -> None:
     monkeypatch.setattr(evaluate, "SHARD_ROWS", 8)
     entry = evaluate.Entry("SFT", checkpoint(run.captioner_dir(0), "oracle"))
-    whole = evaluate.evaluate(run, [entry], run.config.gate.data)
+    whole = evaluate.score(run, [entry], run.config.gate.data)
     folder = run.path / whole[0]["captioners"][0]["captions"]
     (folder / "stage.json").unlink()
     (folder / "00001.parquet").unlink()
@@ -159,7 +142,7 @@ def test_a_killed_evaluation_continues_at_its_missing_shard(
     monkeypatch.setattr(
         StandIn, "caption", lambda self, index: (asked.append(index), caption(self, index))[1]
     )
-    assert evaluate.evaluate(run, [entry], run.config.gate.data) == whole
+    assert evaluate.score(run, [entry], run.config.gate.data) == whole
     assert asked == list(range(8, 16))
 
 
@@ -168,7 +151,7 @@ def test_an_unreadable_image_is_a_row_and_many_are_refused(run: Run, tmp_path: P
     broken = tmp_path / "images" / "images" / "000003.png"
     broken.write_bytes(b"not an image")
     entry = evaluate.Entry("SFT", checkpoint(run.captioner_dir(0), "oracle"))
-    summary, [counts] = evaluate.evaluate(run, [entry], str(tmp_path / "images"))
+    summary, [counts] = evaluate.score(run, [entry], str(tmp_path / "images"))
     assert summary["captioners"][0]["failed"] == 1
     assert len(counts) == VALIDATION - 1
     rows = Shards(run.path / summary["captioners"][0]["captions"], CaptionRow).read_all()
@@ -176,13 +159,13 @@ def test_an_unreadable_image_is_a_row_and_many_are_refused(run: Run, tmp_path: P
     for index in range(4, 9):
         (tmp_path / "images" / "images" / f"{index:06d}.png").write_bytes(b"")
     with pytest.raises(Refused, match="max_failed"):
-        evaluate.evaluate(run, [entry], str(tmp_path / "images"))
+        evaluate.score(run, [entry], str(tmp_path / "images"))
 
 
 def test_iterate_promotes_and_resumes(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint(run.captioner_dir(0), "lies")
     calls = make_steps(monkeypatch, "oracle")
-    assert iterate.run(run.config, arguments(run, rounds=[1, 2, 3])) == 0
+    iterate.iterate(run, run.config, rounds="1-3")
     # round 2 is no better: the rounds stop there by themselves
     assert calls == [f"{name} {number}" for number in (1, 2) for name in ("qa", "golden", "dpo")]
     assert not json.loads((run.path / "round-2" / "gate.json").read_text())["promoted"]
@@ -194,7 +177,7 @@ def test_iterate_promotes_and_resumes(run: Run, monkeypatch: pytest.MonkeyPatch)
         "lies",
         "oracle",
     ]  # round 2 is the same captioner: nothing to caption again
-    iterate.run(run.config, arguments(run, rounds=[1, 2]))
+    iterate.iterate(run, run.config, rounds="1-2")
     assert sorted(StandIn.loaded) == ["lies", "oracle"]
 
 
@@ -207,7 +190,7 @@ def test_iterate_refuses_a_worse_round(
     start = checkpoint(run.captioner_dir(0), "oracle")
     calls = make_steps(monkeypatch, style)
     with pytest.raises(Refused, match=reason) as refusal:
-        iterate.run(run.config, arguments(run, rounds=[1, 2]))
+        iterate.iterate(run, run.config, rounds="1-2")
     assert refusal.value.exit_code == 3
     assert calls[-1] == "dpo 1"  # the second round is not begun
     assert not json.loads((run.path / "round-1" / "gate.json").read_text())["promoted"]
@@ -220,16 +203,16 @@ def test_an_alarm_in_round_two_leaves_round_one(
 ) -> None:
     checkpoint(run.captioner_dir(0), "lies")
     calls = make_steps(monkeypatch, "oracle")
-    train = iterate.STEPS[2].run
+    train = iterate.STEPS[2]
 
-    def rings(config: Config, args: argparse.Namespace) -> None:
-        if args.round == 2:
+    def rings(run: Path, config: Config, round: int, **flags: Any) -> None:
+        if round == 2:
             raise Refused("alarm at step 7")
-        train(config, args)
+        train(run, config, round)
 
-    monkeypatch.setattr(iterate.STEPS[2], "run", rings)
+    monkeypatch.setattr(iterate, "STEPS", (*iterate.STEPS[:2], rings))
     for _ in range(2):  # the same command ends in the same way
-        assert iterate.run(run.config, arguments(run, rounds=[1, 2, 3])) == 0
+        iterate.iterate(run, run.config, rounds="1-3")
         assert "alarm at step 7\nround 1 is the best and stays" in capsys.readouterr().out
         assert run.newest_captioner() == run.captioner_dir(1)
     assert calls[-1] == "golden 2"
@@ -239,27 +222,35 @@ def test_round_two_first_names_the_command(run: Run, monkeypatch: pytest.MonkeyP
     checkpoint(run.captioner_dir(0), "oracle")
     calls = make_steps(monkeypatch, "oracle")
     with pytest.raises(RunError, match="captioner iterate --round 1"):
-        iterate.run(run.config, arguments(run, round=2))
+        iterate.iterate(run, run.config, 2)
     assert calls == []
 
 
 def test_iterate_without_sft_names_the_command(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = make_steps(monkeypatch, "oracle")
     with pytest.raises(RunError, match="captioner sft"):
-        iterate.run(run.config, arguments(run))
+        iterate.iterate(run, run.config, 1)
     with pytest.raises(RunError, match="captioner iterate --round 1"):
-        evaluate.run(run.config, arguments(run))
+        evaluate.evaluate(run, run.config, 1)
     assert calls == []
 
 
-def test_step_flags_take_their_defaults(run: Run) -> None:
-    got = iterate.arguments(evaluate, arguments(run, redo=True), round=3)
-    assert (got.checkpoint, got.round, got.redo, got.dry_run, got.run_dir) == ([], 3, True, False, run.path)
+def test_flags_reach_every_step(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint(run.captioner_dir(0), "oracle")
+    seen = []
+
+    def step(place: Path, config: Config, round: int, **flags: Any) -> None:
+        seen.append((place, round, flags))
+
+    monkeypatch.setattr(iterate, "STEPS", (step, step))
+    monkeypatch.setattr(iterate, "gate", lambda *args, **flags: None)
+    iterate.run_round(run, 1, redo=True, gpus=4)
+    assert seen == [(run.path, 1, {"redo": True, "gpus": 4})] * 2
 
 
 def test_report_of_a_run(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RunError, match="captioner sft"):
-        report.run(run.config, arguments(run))
+        report.report(run, run.config)
     checkpoint(run.captioner_dir(0), "lies")
     make_steps(monkeypatch, "oracle")
     candidates = run.stage("round-1/candidates", {}, {"images": evaluate.resolve(run.config.gate.data, run)})
@@ -267,23 +258,25 @@ def test_report_of_a_run(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
                      mean_logprob=0.0, tokens=1, seed=0)  # fmt: skip
     Shards(candidates.dir, Candidate).write(0, [said])
     candidates.finish({})
-    iterate.run(run.config, arguments(run))
+    iterate.iterate(run, run.config, 1)
     (run.path / "sft" / "metrics.jsonl").write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.0}\n')
-    evaluate.run(run.config, arguments(run, round=None))
-    assert report.run(run.config, arguments(run)) == 0
+    evaluate.evaluate(run, run.config)
+    report.report(run, run.config)
     page = report.collect(run)
-    assert len(page.rounds[0].examples) == 12
-    first = page.rounds[0].examples[0]
-    scene = scenes.Scene.from_json(first.facts or "")
-    assert (first.samples, first.after) == (["a <b> sample"], scenes.shorthand(scene))
-    assert first.before != first.after
+    shown = [image for image in page.images if image.part == "round 1"]
+    assert len(shown) == VALIDATION
+    images = read_folder(evaluate.resolve(run.config.gate.data, run))
+    captions, facts = dict(shown[0].captions), {row.key: row.facts for row in images}
+    assert shown[0].samples == ["a <b> sample"]
+    assert captions["after"] == scenes.shorthand(scenes.Scene.from_json(facts[shown[0].key] or ""))
+    assert captions["before"] != captions["after"]
     assert [c.name for c in page.curves] == ["loss"]
     html = (run.path / "report.html").read_text()
-    assert "a &lt;b&gt; sample" in html
+    assert r"a \u003cb\u003e sample" in html
     assert "<b> sample" not in html
     (run.path / "sft" / "metrics.jsonl").write_text("not json\n")
     with pytest.raises(RunError, match="not JSON"):
-        report.run(run.config, arguments(run))
+        report.report(run, run.config)
 
 
 def test_a_real_model_is_evaluated(tmp_path: Path) -> None:
@@ -300,7 +293,7 @@ def test_a_real_model_is_evaluated(tmp_path: Path) -> None:
         evaluate.Entry("base", tmp_path / "tiny", prose=True),
         evaluate.Entry("SFT", tmp_path / "tiny"),
     ]
-    summary, counts = evaluate.evaluate(run, entries, config.evaluate.data)
+    summary, counts = evaluate.score(run, entries, config.evaluate.data)
     assert summary["captioners"][0]["captions"] != summary["captioners"][1]["captions"]  # another prompt
     assert [len(rows) for rows in counts] == [3, 3]
     assert all(0 < row["tokens"] <= 6 for rows in counts for row in rows)
@@ -310,11 +303,11 @@ def test_a_real_model_is_evaluated(tmp_path: Path) -> None:
 def test_evaluate_plan_touches_nothing(run: Run) -> None:
     checkpoint(run.captioner_dir(0), "oracle")
     before = sorted(run.path.rglob("*"))
-    plan = evaluate.plan(run.config, arguments(run, round=None))
-    assert "SFT" in plan["captioners"]
+    [plan] = evaluate.plan(run)
+    assert "SFT" in plan.inputs
     assert sorted(run.path.rglob("*")) == before
     with pytest.raises(ConfigError):
-        evaluate.plan(run.config, arguments(run, round=0))
+        evaluate.plan(run, 0)
 
 
 def test_no_images_is_a_typed_error(run: Run, tmp_path: Path) -> None:

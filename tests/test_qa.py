@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 from collections import Counter
@@ -223,17 +222,15 @@ def test_qa_command(tmp_path: Path) -> None:
             ),
         ),
     )
-    args = argparse.Namespace(run_dir=run_dir, redo=False, round=1)
     with pytest.raises(RunError, match="no such run"):
-        loop.run(config, args)
+        loop.qa(run_dir, config, 1)
     from captioner.runs import Run
 
     Run.open(run_dir, config)
     start = run_dir / "sft" / "captioner"
     captioner = tiny_checkpoint(start)
-    assert loop.run(config, args) == 0
-
-    out = run_dir / "round-1" / "qa"
+    out = loop.qa(run_dir, config, 1)
+    assert out == run_dir / "round-1" / "qa"
     old, new = load_file(start / "model.safetensors"), load_file(out / "captioner" / "model.safetensors")
     assert old.keys() == new.keys()
     wider = {name for name in old if old[name].shape != new[name].shape}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections import Counter
 from pathlib import Path
@@ -223,7 +222,7 @@ def test_a_verifier_learns_from_a_question_file(tmp_path: Path) -> None:
     config = Config(qa=QAConfig(data=str(file), holdout=0.34, language_width=4, training=training))
     Run.open(tmp_path / "run", config)
     tiny_checkpoint(tmp_path / "run" / "sft" / "captioner")
-    assert loop.run(config, argparse.Namespace(run_dir=tmp_path / "run", redo=False, round=1)) == 0
+    loop.qa(tmp_path / "run", config, 1)
     counts = json.loads((tmp_path / "run" / "round-1" / "qa" / "stage.json").read_text())["counts"]
     assert counts["rows"] == 13 and counts["questions"] == 13
     assert counts["images"] + counts["held_out_images"] in (11, 12)

@@ -21,6 +21,7 @@ from captioner.report import report
 from captioner.report.report import ClaimShown, Curve, ImageShown, Report, RoundShown
 from captioner.runs import Run, Shards, atomic_write_json
 from loops.report import collect
+from loops.report import report as write_report
 from tests import browser
 
 EVIL = "<script>alert('x')</script>\" onload='y' & </style></script>"
@@ -202,9 +203,7 @@ def test_a_run_on_photographs_is_collected(tmp_path: Path) -> None:
     (photos / "broken.jpg").write_bytes(b"no image")
     run = Run.open(tmp_path / "run", Config())
     with pytest.raises(RunError, match="nothing to report"):
-        from loops.report import run as verb
-
-        verb(Config(), type("Args", (), {"run_dir": run.path, "images": 5})())
+        write_report(run, Config(), images=5)
     home = run.stage_dir("round-1")
     stage = run.stage("round-1/candidates", {}, {"images": photos})
     said = dict(finish_reason="stop", mean_logprob=-1.0, tokens=4, seed=0)

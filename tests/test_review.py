@@ -250,7 +250,7 @@ def test_two_captioners_are_compared(run: Run, tmp_path: Path) -> None:
 
 
 def test_a_round_without_claims_is_an_error(tmp_path: Path, run: Run) -> None:
-    from loops.review import review as verb
+    from loops.review import review_claims as verb
 
     with pytest.raises(RunError, match="no claims yet"):
         verb(run, 2)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import shutil
@@ -286,13 +285,12 @@ def test_what_cannot_be_learned_from_is_found_before_the_first_step(
         model=ModelConfig(path=str(tmp_path / "base")),
         sft=SFTConfig(data=(str(folder),), validation=None, training=TRAINING),
     )
-    args = argparse.Namespace(run_dir=tmp_path / "run", redo=False, gpus=1)
     with pytest.raises(
         Refused, match=r"(?s)2 of 6 images cannot be learned from.*cannot be decoded.*no shorthand"
     ):
-        loop.run(config, args)
+        loop.sft(tmp_path / "run", config)
     assert not (tmp_path / "run" / "sft").exists()  # mended, the same command works
-    assert loop.run(config.model_copy(update={"max_failed": 0.4}), args) == 0
+    loop.sft(tmp_path / "run", config.model_copy(update={"max_failed": 0.4}))
     assert "2 of 6 images are left out" in capsys.readouterr().out
     out = tmp_path / "run" / "sft"
     assert json.loads((out / "stage.json").read_text())["counts"]["images"] == 4
@@ -307,9 +305,8 @@ def test_sft_command(tmp_path: Path) -> None:
         model=ModelConfig(path=str(tmp_path / "base")),
         sft=SFTConfig(data=("scenes:sft:4",), validation="scenes:validation:2", training=TRAINING),
     )
-    args = argparse.Namespace(run_dir=tmp_path / "run", redo=False, gpus=1)
-    assert loop.run(config, args) == 0
-    out = tmp_path / "run" / "sft"
+    out = loop.sft(tmp_path / "run", config)
+    assert out == tmp_path / "run" / "sft"
     names = {path.name for path in out.iterdir()}
     assert {"adapter", "captioner", "metrics.jsonl", "stage.json"} <= names and "checkpoints" not in names
     assert {path.name for path in (out / "adapter").iterdir()} == {
@@ -323,7 +320,7 @@ def test_sft_command(tmp_path: Path) -> None:
     trained = model.load(out / "captioner")
     assert len(trained.soft_prompt_ids) == 8
     before = (out / "stage.json").read_bytes()
-    assert loop.run(config, args) == 0  # done before: nothing happens
+    assert loop.sft(tmp_path / "run", config) == out  # done before: nothing happens
     assert (out / "stage.json").read_bytes() == before
 
 

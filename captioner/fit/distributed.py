@@ -7,7 +7,6 @@ imported where it is needed: a command in one process does not wait for it here.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import socket
@@ -18,12 +17,11 @@ import time
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
 from typing import IO, Any, TypeVar, cast
 
 from captioner.config import Config
-from captioner.errors import ConfigError, RunError
-from captioner.runs import is_main, rank, world_size
+from captioner.errors import CaptionerError, ConfigError, CrashedError, Refused, RunError
+from captioner.runs import Run, RunDir, is_main, rank, world_size
 
 T = TypeVar("T")
 POLL_S = 0.1
@@ -32,20 +30,21 @@ CONSEQUENCE_S = 3.0  # a crash that follows from another rank's waits this long 
 PATIENCE = timedelta(days=7)  # between the first rank that has filled its shards and the last
 
 
-def wanted(args: argparse.Namespace) -> bool:
+def wanted(gpus: int) -> bool:
     """Whether this process is the one that starts the processes of ``--gpus N``."""
-    return getattr(args, "gpus", 1) > 1 and world_size() == 1
+    return gpus > 1 and world_size() == 1
 
 
-def launch(command: str, config: Config, args: argparse.Namespace) -> int:
-    """Run a command in ``args.gpus`` processes, one per GPU (``model.device`` "cpu": all on the CPU).
+def launch(command: str, run: RunDir, config: Config, count: int, **flags: Any) -> None:
+    """Run a command in ``count`` processes, one per GPU (``model.device`` "cpu": all on the CPU).
 
-    When one of them fails all are stopped. Returns 0, or the exit code of a rank whose message is passed on.
-    Raises ConfigError where there are fewer GPUs, RunError where a rank was killed.
+    ``flags`` are the command's own arguments. When one process fails all are stopped, its message is passed
+    on to stderr and an error with its exit code is raised: Refused for 3, else RunError. Raises ConfigError
+    where there are fewer GPUs, RunError where a process was killed.
     """
     import torch
 
-    count, on_cpu = args.gpus, config.model.device == "cpu"
+    on_cpu = config.model.device == "cpu"
     if not on_cpu and (found := torch.cuda.device_count()) < count:
         mend = f"--gpus {found}" if found else "leave it out, or --model.device cpu for processes on the CPU"
         raise ConfigError(f"--gpus {count}, and there are {found}", mend=mend)
@@ -57,8 +56,9 @@ def launch(command: str, config: Config, args: argparse.Namespace) -> int:
     world |= {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # a batch of questions alone leaves the soft prompt unused
     if on_cpu and "OMP_NUM_THREADS" not in os.environ:
         world |= {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count))}
-    told = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    job = json.dumps({"command": command, "config": config.model_dump(mode="json"), "args": told}).encode()
+    place = str(run.path if isinstance(run, Run) else run)
+    told = {"command": command, "run": place, "config": config.model_dump(mode="json"), "flags": flags}
+    job = json.dumps(told).encode()
     ranks: list[subprocess.Popen[bytes]] = []
     said: list[IO[bytes]] = []
     try:
@@ -81,7 +81,7 @@ def launch(command: str, config: Config, args: argparse.Namespace) -> int:
     finally:
         _stop(ranks)
     if failed is None:
-        return 0
+        return
     status = ranks[failed].returncode
     if status < 0:
         raise RunError(
@@ -91,7 +91,12 @@ def launch(command: str, config: Config, args: argparse.Namespace) -> int:
     if failed:
         said[failed].seek(0)
         sys.stderr.write(said[failed].read().decode(errors="replace"))
-    return status
+    raise ended(status)(f"captioner {command} ended with exit code {status}: see the message above")
+
+
+def ended(status: int) -> type[CaptionerError]:
+    """The error that stands for the exit code of another process."""
+    return {2: RunError, 3: Refused}.get(status, CrashedError)
 
 
 def _first_failure(ranks: list[subprocess.Popen[bytes]]) -> int | None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import glob
+import os
 from pathlib import Path
 
-from captioner import scenes
 from captioner.errors import DataError
 from captioner.runs import Run, atomic_dir
 from captioner.sources import gather, questions
@@ -14,6 +15,8 @@ SCENES = "scenes:"
 
 def parse_scenes(source: str) -> tuple[str, int, int]:
     """(split, count, offset) of ``scenes:SPLIT:COUNT[:OFFSET]``; :class:`DataError` for anything else."""
+    from captioner import scenes  # numpy, which help and dry runs do without
+
     mend = f"write scenes:SPLIT:COUNT or scenes:SPLIT:COUNT:OFFSET; splits: {', '.join(scenes.SPLITS)}"
     split, *numbers = source.removeprefix(SCENES).split(":")
     if split not in scenes.SPLITS:
@@ -33,20 +36,37 @@ def resolve(source: str, run: Run | None = None, *, cache: Path | None = None) -
     no run; so are scenes, drawn with the run's seed. A killed command leaves nothing of it. Raises
     :class:`DataError` for scenes and sources that do not exist; a folder's contents are for its reader.
     """
-    home = run.path / "data" if run is not None else cache
-    if not source.startswith(SCENES):
-        spec = gather.parse(source)
-        if questions.is_question_file(Path(spec.base)) or gather.is_image_folder(spec):
-            return Path(spec.base)
+    folder = locate(source, run, cache=cache)
+    if folder is None:
+        home = run.path / "data" if run is not None else cache
         if home is None:
             raise DataError("no image folder", where=source, mend="name a folder of images")
         return gather.gather(source, home)
-    split, count, offset = parse_scenes(source)
-    if home is None:
-        raise DataError("scenes need a place to be rendered to", where=source, mend="name a --run directory")
-    seed = run.config.seed if run is not None else 0
-    folder = home / (f"{split}-{count}-{offset}" + (f"-seed{seed}" if seed else ""))
-    if not folder.is_dir():
+    if source.startswith(SCENES) and not folder.is_dir():
+        from captioner import scenes
+
+        split, count, offset = parse_scenes(source)
+        seed = run.config.seed if run is not None else 0
         with atomic_dir(folder) as temporary:
             scenes.write(split, count, temporary, offset=offset, seed=seed)
     return folder
+
+
+def locate(source: str, run: Run | None = None, *, cache: Path | None = None) -> Path | None:
+    """Where :func:`resolve` finds or draws the images; touches nothing. None for what it lays out."""
+    if not source.startswith(SCENES):
+        spec = gather.parse(source)
+        plain = questions.is_question_file(Path(spec.base)) or gather.is_image_folder(spec)
+        return Path(spec.base) if plain else None
+    split, count, offset = parse_scenes(source)
+    home = run.path / "data" if run is not None else cache
+    if home is None:
+        raise DataError("scenes need a place to be rendered to", where=source, mend="name a --run directory")
+    seed = run.config.seed if run is not None else 0
+    return home / (f"{split}-{count}-{offset}" + (f"-seed{seed}" if seed else ""))
+
+
+def exists(source: str) -> bool:
+    """Whether there is something at ``source``; of scenes and of the hub it is taken for granted."""
+    base = gather.parse(source).base
+    return base.startswith((SCENES, "hf:")) or os.path.exists(base) or bool(glob.glob(base))

@@ -120,7 +120,7 @@ def find(folder: Path) -> Path | None:
 
 
 def read_any(data: Path, max_bad: float = 1.0) -> tuple[list[ImageRow], dict[str, int]]:
-    """Images with their questions: of a question file, of a folder's own tables, or of the question file in it.
+    """Images with their questions: of a question file, a folder's own tables, or the question file in it.
 
     The counts are empty where no file was read; errors as :func:`read`.
     """

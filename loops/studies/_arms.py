@@ -82,7 +82,7 @@ def share(counts: Sequence[Counts], grouping: str, group: str) -> float:
 def scores(run: Run, name: str, checkpoint: Path) -> Metrics:
     """Every metric of a checkpoint on ``evaluate.data``, with the shares of its captions that are different
     from all others (``unique``) and that go round in circles (``looping``)."""
-    summary, _ = evaluate.evaluate(run, [evaluate.Entry(name, checkpoint)], run.config.evaluate.data)
+    summary, _ = evaluate.score(run, [evaluate.Entry(name, checkpoint)], run.config.evaluate.data)
     [one] = summary["captioners"]
     found = {"f1": 0.0, "repeated": 0.0}  # of one that says nothing both are undefined
     found |= {key: x["value"] for key, x in one["metrics"].items() if x["value"] is not None}

@@ -8,7 +8,6 @@ votes. The rows by kind say what the filter loses of the union of the samples.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -23,7 +22,6 @@ from captioner.sources.folder import read_folder
 from captioner.statements import split_statements
 from loops import golden as golden_loop
 from loops import qa, sft
-from loops.iterate import arguments
 
 COLUMNS = {
     "precision": "precision",
@@ -46,9 +44,9 @@ Arm = Callable[[list[Candidate], list[Claim]], list[str]]  # captions of an imag
 
 def measure(config: Config, work: Path) -> Iterator[tuple[str, dict[str, float]]]:
     run_dir = work / "run"
-    args = argparse.Namespace(run_dir=run_dir, redo=False)
-    for loop in (sft, qa, golden_loop):
-        loop.run(config, arguments(loop, args, round=1))
+    sft.sft(run_dir, config)
+    qa.qa(run_dir, config)
+    golden_loop.golden(run_dir, config)
     run = Run.open(run_dir, config, create=False)
     images = _images(run)
     said = {

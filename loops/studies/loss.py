@@ -10,7 +10,6 @@ log-probabilities are nats a caption, of the last batches.
 from __future__ import annotations
 
 import shutil
-from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ from captioner.records import Golden, Pair
 from captioner.runs import Run, Shards, input_of, remove_dir
 from captioner.sources.folder import read_folder
 from loops import dpo, golden, qa, sft
-from loops.iterate import arguments
 from loops.studies._arms import Metrics, remembered, scores
 
 COLUMNS = {
@@ -74,9 +72,8 @@ SCORED_APART = {"refuted_weight", "confirmed_weight", "image_weight"}  # as is K
 
 
 def measure(config: Config, work: Path) -> Iterator[tuple[str, dict[str, float]]]:
-    args = Namespace(run_dir=work / "run", redo=False)
-    for step in (sft, qa, golden):
-        step.run(config, arguments(step, args, round=1))
+    for step in (sft.sft, qa.qa, golden.golden):
+        step(work / "run", config)
     run = Run.open(work / "run", config, create=False)
     home, start = run.stage_dir("round-1"), run.captioner_dir(0)
     images = input_of(home / "candidates", "images")

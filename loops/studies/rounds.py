@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,6 @@ from captioner.records import Candidate, Golden
 from captioner.runs import Run, Shards, atomic_write_json, input_of
 from captioner.sources.folder import read_folder
 from loops import golden, iterate, qa, sft
-from loops.iterate import arguments
 from loops.studies._arms import Metrics, scores
 
 COLUMNS = {
@@ -56,8 +54,9 @@ UNBOUND_SEEDS = 1
 
 def measure(config: Config, work: Path) -> Iterator[tuple[str, dict[str, float]]]:
     base = work / "base"
-    for step in (sft, qa, golden):  # the claims of round 1 are the same with and without a budget
-        step.run(config, arguments(step, Namespace(run_dir=base, redo=False), round=1))
+    sft.sft(base, config)
+    qa.qa(base, config)
+    golden.golden(base, config)  # the claims of round 1 are the same with and without a budget
     run = Run.open(base, config, create=False)
     start = scores(run, START, run.captioner_dir(0))
     yield START, _shown(start)
@@ -77,13 +76,12 @@ def measure(config: Config, work: Path) -> Iterator[tuple[str, dict[str, float]]
 
 def _chain(run: Run, name: str, start: Metrics) -> Iterator[tuple[str, dict[str, float]]]:
     """Every round, promoted or not; then the captioner that a gated run would hold."""
-    args = Namespace(run_dir=run.path, redo=False)
     kept, refused, lower = start, False, list[float]()
     for number in ROUNDS:
         gate = run.path / f"round-{number}" / "gate.json"
         gate.unlink(missing_ok=True)  # of a killed study: it is said anew
         try:
-            iterate.run_round(run, number, args)
+            iterate.run_round(run, number)
         except Refused as refusal:
             print(refusal)
             if not gate.is_file():  # there is no captioner to go on from

@@ -17,7 +17,7 @@ from captioner.errors import Refused
 from captioner.models import model
 from captioner.runs import Run
 from loops import golden as loop
-from tests.test_golden import config_of, failures_of, flags, give_verifier, rows_of
+from tests.test_golden import config_of, failures_of, give_verifier, rows_of
 from tests.tiny import VIEW_SIZE, architecture, tokenizer
 from tests.vllm.conftest import Server, running
 
@@ -91,8 +91,8 @@ def test_a_server_that_dies_twice_costs_no_row(checkpoint: Path, server: Server,
     calm, storm = tmp_path / "calm", tmp_path / "storm"
     config = a_run(calm, checkpoint, server)
     with pytest.raises(Refused, match=rf"\d+ of {IMAGES} images failed \(.*tool: "):
-        loop.run(config.model_copy(update={"max_failed": 0.05}), flags(calm))
-    assert loop.run(config, flags(calm)) == 0
+        loop.golden(calm / "run", config.model_copy(update={"max_failed": 0.05}), 1)
+    loop.golden(calm / "run", config, 1)
 
     config, deaths = a_run(storm, checkpoint, server), []
 
@@ -107,7 +107,7 @@ def test_a_server_that_dies_twice_costs_no_row(checkpoint: Path, server: Server,
 
     thread = threading.Thread(target=crash)
     thread.start()
-    assert loop.run(config, flags(storm)) == 0
+    loop.golden(storm / "run", config, 1)
     thread.join()
     assert deaths == [("candidates", False), ("claims", False)]
     for name in loop.STAGES:
