@@ -15,11 +15,12 @@ from pathlib import Path
 
 import numpy as np
 
+from captioner import laboratory
 from captioner.config import Config
 from captioner.errors import ConfigError, DataError, Refused
 from captioner.records import CaptionRow, read_parquet
 from captioner.runs import Shards, atomic_dir, progress
-from captioner.sources import SCENES, resolve
+from captioner.sources import resolve
 from captioner.sources.folder import (
     caption_shards,
     read_captions,
@@ -132,7 +133,7 @@ def _convert(args: argparse.Namespace, skipped: Counter[str]) -> int:
         mend = f"captioner data convert {args.folder} --to {args.to} --out {args.out} --images SOURCE"
         raise ConfigError(f"{args.to} holds the images, too", where="--images", mend=mend)
     images = args.images
-    if images.startswith(SCENES):  # which `caption` rendered into its output
+    if laboratory.of_source(images):  # which `caption` rendered into its output
         images = str(resolve(images, cache=Path(args.folder) / ".scenes"))
     with atomic_dir(args.out) as part:
         index = part / ".captions.sqlite"

@@ -10,9 +10,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from captioner import prompts, runs, scenes
+from captioner import prompts, runs
 from captioner.config import Config
 from captioner.errors import ConfigError
+from captioner.lab import grid as scenes
 
 VIEW_SIZE = 64  # px, the encoder's native resolution
 VOCABULARY = 512  # 256 bytes, seven special tokens, the scenes' words

@@ -11,10 +11,11 @@ from typing import Any, ClassVar
 
 import pytest
 
-from captioner import prompts, runs, scenes
+from captioner import prompts, runs
 from captioner.config import Config
 from captioner.engines import CaptionRequest
 from captioner.errors import ConfigError, DataError, Refused, RunError
+from captioner.lab import grid as scenes
 from captioner.records import Candidate, CaptionRow
 from captioner.runs import Run, Shards
 from loops import evaluate, iterate, report
@@ -101,6 +102,7 @@ def arguments(run: Run, **values: Any) -> argparse.Namespace:
         "checkpoint": [],
         "questions": None,
         "accept_unjudged": False,
+        "images": 12,
     }
     return argparse.Namespace(**common | values)
 
@@ -168,7 +170,7 @@ def test_an_unreadable_image_is_a_row_and_many_are_refused(run: Run, tmp_path: P
     broken = tmp_path / "images" / "images" / "000003.png"
     broken.write_bytes(b"not an image")
     entry = evaluate.Entry("SFT", checkpoint(run.captioner_dir(0), "oracle"))
-    summary, [counts] = evaluate.evaluate(run, [entry], str(tmp_path / "images"))
+    summary, [counts], _ = evaluate.evaluate(run, [entry], str(tmp_path / "images"))
     assert summary["captioners"][0]["failed"] == 1
     assert len(counts) == VALIDATION - 1
     rows = Shards(run.path / summary["captioners"][0]["captions"], CaptionRow).read_all()
@@ -271,15 +273,15 @@ def test_report_of_a_run(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     (run.path / "sft" / "metrics.jsonl").write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.0}\n')
     evaluate.run(run.config, arguments(run, round=None))
     assert report.run(run.config, arguments(run)) == 0
-    page = report.collect(run)
-    assert len(page.rounds[0].examples) == 12
-    first = page.rounds[0].examples[0]
-    scene = scenes.Scene.from_json(first.facts or "")
-    assert (first.samples, first.after) == (["a <b> sample"], scenes.shorthand(scene))
-    assert first.before != first.after
+    page = report.collect(run, 12)
+    of_round = [image for image in page.images if image.part == "round 1"]
+    assert len(of_round) == 12
+    said, first = dict(of_round[0].captions), scenes.sample("validation", 0)
+    assert (of_round[0].samples, said["after"]) == (["a <b> sample"], scenes.shorthand(first))
+    assert said["before"] != said["after"]
+    assert of_round[0].truth(scenes.statements(first)[0]) is True
     assert [c.name for c in page.curves] == ["loss"]
     html = (run.path / "report.html").read_text()
-    assert "a &lt;b&gt; sample" in html
     assert "<b> sample" not in html
     (run.path / "sft" / "metrics.jsonl").write_text("not json\n")
     with pytest.raises(RunError, match="not JSON"):
@@ -300,7 +302,7 @@ def test_a_real_model_is_evaluated(tmp_path: Path) -> None:
         evaluate.Entry("base", tmp_path / "tiny", prose=True),
         evaluate.Entry("SFT", tmp_path / "tiny"),
     ]
-    summary, counts = evaluate.evaluate(run, entries, config.evaluate.data)
+    summary, counts, _ = evaluate.evaluate(run, entries, config.evaluate.data)
     assert summary["captioners"][0]["captions"] != summary["captioners"][1]["captions"]  # another prompt
     assert [len(rows) for rows in counts] == [3, 3]
     assert all(0 < row["tokens"] <= 6 for rows in counts for row in rows)
