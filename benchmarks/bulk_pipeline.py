@@ -25,9 +25,9 @@ from typing import Any
 
 import psutil
 
-from captioner import scenes
 from captioner.config import load
 from captioner.engines import make_engine
+from captioner.lab import grid as scenes
 from captioner.pipeline.coordinator import Coordinator
 from captioner.pipeline.local import Inline, LocalPool
 from captioner.pipeline.output import Output

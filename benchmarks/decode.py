@@ -18,8 +18,8 @@ from statistics import median
 
 import torch
 
-from captioner import scenes
 from captioner.config import AdapterTuning, ModelConfig, ViewsConfig
+from captioner.lab import grid as scenes
 from captioner.models import adapters, fuse, model, render
 from captioner.models.model import Captioner
 

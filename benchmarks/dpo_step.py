@@ -92,8 +92,8 @@ def hear(process: subprocess.Popen[str]) -> dict[str, Any]:
 def measure(kind: str, rejected: str, images: str, steps: int, hidden: int) -> dict[str, Any]:
     import torch
 
-    from captioner import scenes
     from captioner.config import TrainingConfig, ViewsConfig
+    from captioner.lab import grid as scenes
     from captioner.models import model, render
 
     with tempfile.TemporaryDirectory() as text:
@@ -256,7 +256,7 @@ def made_pairs(renderer: Any, folder: Path, rejected: int) -> tuple[list[Any], d
 
 
 def tokenizer() -> Any:
-    from captioner import scenes
+    from captioner.lab import grid as scenes
     from captioner.models import model
 
     captions = [scenes.shorthand(scenes.sample("train", i)) for i in range(200)]

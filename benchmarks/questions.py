@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
-from captioner import scenes
 from captioner.config import EngineConfig, ModelConfig, SamplingConfig, ViewsOverride
 from captioner.engines import CaptionRequest, QuestionBatch
 from captioner.engines.hf import HFEngine
+from captioner.lab import grid as scenes
 from captioner.method import golden
 from captioner.method.qa import question_text
 from captioner.method.tool import Rules

@@ -18,9 +18,9 @@ from statistics import median
 import torch
 
 from benchmarks.decode import build
-from captioner import scenes
 from captioner.config import AdapterTuning, ModelConfig, SoftPromptConfig, ViewsConfig
 from captioner.fit import train
+from captioner.lab import grid as scenes
 from captioner.models import model, render
 from captioner.models.model import Captioner
 

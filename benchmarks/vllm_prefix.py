@@ -12,9 +12,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from captioner import scenes
 from captioner.config import Config
 from captioner.engines import QuestionBatch, make_engine, vllm
+from captioner.lab import grid as scenes
 from captioner.models import model
 
 

@@ -393,6 +393,13 @@ class EvaluateConfig(Section):
     """Resamples of the confidence intervals, drawn over images."""
 
 
+class JudgeConfig(Section):
+    """Who tells what is true of images, at the gate and in `captioner evaluate`."""
+
+    facts: str | None = None
+    """JSON Lines file with a complete list of facts per image; None = the facts that the images come with."""
+
+
 class GateConfig(Section):
     data: str = "scenes:validation:256"
     """Held-out images on which a round is compared with its start."""
@@ -408,6 +415,7 @@ class GateConfig(Section):
     """Factor by which the mean length may change, up or down; the interval lies within."""
     min_ended: float = Field(0.99, ge=0, le=1)
     """Share of captions that must end by themselves."""
+    judge: JudgeConfig = JudgeConfig()
 
 
 class TripwireConfig(Section):

@@ -16,6 +16,7 @@ _SPLIT = re.compile(
 )
 _BULLET = re.compile(r"^[ \t]*(?:[-*•]|\d+[.)])[ \t]+", re.MULTILINE)
 _QUOTED_OR_ARTICLE = re.compile(rf"(?P<quoted>{_QUOTED})|^(?:[aA]n?|[tT]he)\s+(?=\w)|\b(?:an?|the)\s+(?=\w)")
+_DENIALS = {"no", "not", "without", "never", "none", "nobody", "nothing"}
 EDGES = " \t\r\n.,;:!?-–—"
 
 # Opinion, intention, mood, and what is known about a picture rather than seen in it.
@@ -83,3 +84,16 @@ def normalise(statement: str) -> str:
 def comparable_statements(caption: str) -> list[str]:
     """The statements of a caption, each in the form in which near-duplicates are equal."""
     return [normalise(statement) for statement in split_statements(caption)]
+
+
+def entails(statement: str, other: str) -> bool:
+    """Whether a normalised statement says all that another says: its words in their order, no other denial.
+
+    "shiny red cup on table" entails "red cup"; "no cup" does not, nor does "table on cup" entail "cup on
+    table".
+    """
+    words, wanted = statement.split(), other.split()
+    if set(words) & _DENIALS != set(wanted) & _DENIALS:
+        return False
+    rest = iter(words)
+    return all(word in rest for word in wanted)

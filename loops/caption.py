@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from captioner import prompts
+from captioner import laboratory, prompts
 from captioner.config import Config
 from captioner.errors import CheckpointError, ConfigError, Refused
 from captioner.pipeline import output
@@ -27,7 +27,7 @@ from captioner.pipeline.output import Output
 from captioner.pipeline.watch import Watch
 from captioner.pipeline.worker import Settings
 from captioner.runs import Run, RunDir, checkpoint_path, hash_path, lock, progress
-from captioner.sources import SCENES, resolve
+from captioner.sources import resolve
 from captioner.sources.folder import read_captions, write_jsonl, write_sidecars
 from captioner.sources.source import ShardRef, open_source
 from loops.stages import StagePlan
@@ -146,8 +146,8 @@ class _Source:
     """The shards of the input, in order, as often as they are asked for."""
 
     def __init__(self, config: Config, args: Job):
-        scenes = args.input.startswith(SCENES)
-        self.spec = str(resolve(args.input, cache=args.out / ".scenes")) if scenes else args.input
+        drawn = laboratory.of_source(args.input) is not None
+        self.spec = str(resolve(args.input, cache=args.out / ".scenes")) if drawn else args.input
         self.rows = config.caption.shard_rows
 
     def shards(self) -> Iterator[ShardRef]:

@@ -15,11 +15,12 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from captioner import laboratory
 from captioner.config import Config
 from captioner.errors import ConfigError, DataError, Refused
 from captioner.records import CaptionRow, read_parquet
 from captioner.runs import Run, RunDir, Shards, atomic_dir, progress
-from captioner.sources import SCENES, resolve
+from captioner.sources import resolve
 from captioner.sources.folder import (
     caption_shards,
     read_captions,
@@ -184,7 +185,7 @@ def _convert(
     if images is None:
         mend = f"captioner data convert {source} --to {to} --out {out} --images SOURCE"
         raise ConfigError(f"{to} holds the images, too", where="--images", mend=mend)
-    if images.startswith(SCENES):  # which `caption` rendered into its output
+    if laboratory.of_source(images):  # which `caption` rendered into its output
         images = str(resolve(images, cache=Path(source) / ".scenes"))
     with atomic_dir(out) as part:
         index = part / ".captions.sqlite"

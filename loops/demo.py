@@ -71,7 +71,7 @@ def run_once(config: Config, home: Path, *, redo: bool, gpus: int) -> None:
             break
     with _timed(times, "evaluation"):
         # the table is printed at the end, where it is looked for
-        summary, _ = evaluate.score(run, evaluate.run_entries(run, config), config.evaluate.data)
+        summary = evaluate.score(run, evaluate.run_entries(run, config), config.evaluate.data).summary
         atomic_write_json(run.path / "evaluation.json", summary)
     with _timed(times, "captions"):
         out = run.path / "captions"
@@ -94,14 +94,14 @@ def over_seeds(config: Config, home: Path, seeds: int, *, redo: bool, gpus: int)
         settings = config.model_copy(update={"seed": config.seed + seed})
         run_once(settings, home / f"seed-{seed}", redo=redo, gpus=gpus)
         run = Run.open(home / f"seed-{seed}", settings, create=False)
-        summary, of_seed = evaluate.score(run, _kept(run, settings), config.evaluate.data)
+        summary, of_seed, _ = evaluate.score(run, _kept(run, settings), config.evaluate.data)
         counts.append(of_seed)
         last = run.path / f"round-{ROUNDS[-1]}" / "qa" / "accuracy.json"
         accuracies += [json.loads(last.read_text(encoding="utf-8"))] if last.is_file() else []
     names = [one["name"] for one in summary["captioners"]]
     pooled = _pooled(names, counts, config.evaluate.bootstrap)
     data = f"{config.evaluate.data}, {seeds} seeds"
-    pooled |= {"data": data, "images": summary["images"]}
+    pooled |= {"data": data, "images": summary["images"], "judge": summary["judge"]}
     atomic_write_json(home / "evaluation.json", pooled)
     evaluate.print_table(pooled)
     _print_verifier(accuracies)

@@ -12,10 +12,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich import box
 from rich.table import Table
@@ -24,8 +25,11 @@ from captioner import prompts
 from captioner.config import Config, SamplingConfig
 from captioner.engines import CaptionRequest, make_engine
 from captioner.errors import CheckpointError, ConfigError, DataError, Refused, RunError
-from captioner.judges import metrics
+from captioner.judges import facts, metrics
+from captioner.judges.base import Comparison, Judge, NoJudge, Said
+from captioner.judges.facts import FactsJudge
 from captioner.judges.metrics import Counts, Interval
+from captioner.laboratory import Facts
 from captioner.method import qa
 from captioner.records import CaptionRow
 from captioner.report.report import cell
@@ -114,9 +118,9 @@ def evaluate(
         ask(run, entries, questions, where / "questions.json")
         return where / "questions.json"
     if round is not None:
-        summary, _ = evaluate_round(run, round, redo=redo)
+        summary = evaluate_round(run, round, redo=redo).summary
     else:
-        summary, _ = score(run, entries, source, redo=redo)
+        summary = score(run, entries, source, redo=redo).summary
         atomic_write_json(where / "evaluation.json", summary)
     print_table(summary)
     print(
@@ -125,37 +129,21 @@ def evaluate(
     return where / "evaluation.json"
 
 
-def evaluate_round(run: Run, number: int, *, redo: bool = False) -> tuple[dict[str, Any], list[list[Counts]]]:
+def evaluate_round(run: Run, number: int, *, redo: bool = False) -> Scores:
     """Score a round's start and its captioner on the gate's images, and write the round's evaluation.json.
 
     The first images of the round are captioned by both too, for the report.
     """
     home = run.path / f"round-{number}"
     entries = round_entries(run, number)
-    summary, counts = score(run, entries, run.config.gate.data, redo=redo)
+    scores = score(run, entries, run.config.gate.data, redo=redo)
     folder = input_of(home / "candidates", "images")
     if folder is not None:
         shown = read_folder(folder, captions=False)[:EXAMPLES]
         made = [caption(run, entry, folder, shown, redo=redo)[0] for entry in entries]
-        summary["examples"] = [str(path.relative_to(run.path)) for path in made]
-    atomic_write_json(home / "evaluation.json", summary)
-    return summary, counts
-
-
-def evenly(run: Run, summary: dict[str, Any]) -> tuple[list[Counts], list[Counts]]:
-    """Counts of the two captioners of a round, with the longer caption of each image cut to the shorter."""
-    folder = resolve(summary["data"], run)
-    facts = {row.key: row.facts for row in read_folder(folder)}
-    start, made = (
-        {row.key: row for row in Shards(run.path / one["captions"], CaptionRow).read_all() if not row.error}
-        for one in summary["captioners"]
-    )
-    cut: tuple[list[Counts], list[Counts]] = [], []
-    for key in [key for key in start if key in made]:
-        texts = metrics.evenly(start[key].caption or "", made[key].caption or "")
-        for side, text in zip(cut, texts, strict=True):
-            side.append(metrics.count(key, text, facts[key], finish_reason="stop", tokens=0))
-    return cut
+        scores.summary["examples"] = [str(path.relative_to(run.path)) for path in made]
+    atomic_write_json(home / "evaluation.json", scores.summary)
+    return scores
 
 
 # ---------------------------------------------------------------- which captioners
@@ -231,43 +219,73 @@ def ask(run: Run, entries: Sequence[Entry], source: str, out: Path) -> None:
 # ---------------------------------------------------------------- captions
 
 
-def score(
-    run: Run, entries: Sequence[Entry], source: str, *, redo: bool = False
-) -> tuple[dict[str, Any], list[list[Counts]]]:
-    """The content of evaluation.json, and the counts of each captioner on the images that could be read.
+class Scores(NamedTuple):
+    """What an evaluation found: evaluation.json, the counts of each captioner, each step to the next."""
+
+    summary: dict[str, Any]
+    counts: list[list[Counts]]
+    steps: list[Comparison]
+
+
+def score(run: Run, entries: Sequence[Entry], source: str, *, redo: bool = False) -> Scores:
+    """Caption the images with each captioner and have a judge compare them, each with the one before it.
 
     Raises Refused where more than ``max_failed`` of the images fail.
     """
     config = run.config
     folder = resolve(source, run)
     images = read_folder(folder)
-    facts = {row.key: row.facts for row in images}
-    summary: dict[str, Any] = {"data": source, "images": len(images), "captioners": [], "differences": []}
-    counts: list[list[Counts]] = []
-    again = {"resamples": config.evaluate.bootstrap, "seed": config.seed}
-    for entry in entries:
-        where, rows = caption(run, entry, folder, images, redo=redo)
-        counts.append([_count(row, facts[row.key], entry.prose) for row in rows if row.caption is not None])
-        about: dict[str, Any] = {
+    resamples, seed = config.evaluate.bootstrap, config.seed
+    made = [caption(run, entry, folder, images, redo=redo) for entry in entries]
+    said = [Said(entry.name, rows, entry.prose) for entry, (_, rows) in zip(entries, made, strict=True)]
+    judge = judge_of(config, folder, images)
+    counts = [judge.count(each) for each in said]
+    steps = [judge.compare(one, other, resamples=resamples, seed=seed) for one, other in pairwise(said)]
+    captioners = []
+    for entry, (where, rows), counted in zip(entries, made, counts, strict=True):
+        broken = metrics.breakdown(counted, resamples=resamples, seed=seed)
+        about = {
             "name": entry.name,
             "checkpoint": str(entry.checkpoint),
             "captions": str(where.relative_to(run.path)),
             "failed": sum(row.error is not None for row in rows),
+            "metrics": _json(metrics.evaluate(counted, resamples=resamples, seed=seed)),
+            "breakdown": {grouping: _json(table) for grouping, table in broken.items()},
         }
-        scores = {name: x.to_json() for name, x in metrics.evaluate(counts[-1], **again).items()}
-        broken = metrics.breakdown(counts[-1], **again)
-        breakdown = {g: {name: x.to_json() for name, x in table.items()} for g, table in broken.items()}
-        summary["captioners"].append(about | {"metrics": scores, "breakdown": breakdown})
-    for at in range(1, len(entries)):
-        change = metrics.difference(counts[at - 1], counts[at], **again)
-        about = {"from": entries[at - 1].name, "to": entries[at].name}
-        summary["differences"].append(about | {"metrics": {name: x.to_json() for name, x in change.items()}})
-    return summary, counts
+        captioners.append(about)
+    differences = [
+        {"from": one.name, "to": other.name, "metrics": _json(step.difference)}
+        for (one, other), step in zip(pairwise(entries), steps, strict=True)
+    ]
+    summary = {
+        "data": source,
+        "images": len(images),
+        "judge": {"kind": judge.kind, "notes": list(judge.notes)},
+        "captioners": captioners,
+        "differences": differences,
+    }
+    return Scores(summary, counts, steps)
 
 
-def _count(row: CaptionRow, facts: str | None, prose: bool) -> Counts:
-    text, tokens = row.caption or "", row.tokens or 0
-    return metrics.count(row.key, text, facts, finish_reason=row.finish_reason, tokens=tokens, prose=prose)
+def _json(intervals: Mapping[str, Interval]) -> dict[str, Any]:
+    return {name: interval.to_json() for name, interval in intervals.items()}
+
+
+def judge_of(config: Config, folder: Path, images: Sequence[ImageRow]) -> Judge:
+    """Who can tell what is true of these images: their facts where all have some, else nobody."""
+    settings = config.gate.judge
+    images = [row for row in images if not row.error]
+    if settings.facts is not None:
+        listed = facts.read_file(Path(settings.facts))
+        names = {row.key: row.path.relative_to(folder).as_posix() for row in images}
+        known: dict[str, Facts] = {key: listed[name] for key, name in names.items() if name in listed}
+    else:
+        told = {row.key: facts.read(row.facts) for row in images}
+        known = {key: each for key, each in told.items() if each is not None}
+    missing = facts.unknown([row.key for row in images], known)
+    if missing is not None:
+        return NoJudge(missing)
+    return FactsJudge(known)
 
 
 def caption(
@@ -372,7 +390,10 @@ class _Reader:
 def print_table(summary: dict[str, Any]) -> None:
     """Every captioner with its 95 % intervals, then what each step changed, paired."""
     out = console()
-    images = f"{summary['data']}, {summary['images']} images; 95 % bootstrap intervals"
+    judge = summary["judge"]
+    images = (
+        f"{summary['data']}, {summary['images']} images, judge: {judge['kind']}; 95 % bootstrap intervals"
+    )
     table = Table(title=images, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
     table.add_column("Captioner", min_width=9, max_width=9)
     for label in COLUMNS.values():
@@ -381,6 +402,8 @@ def print_table(summary: dict[str, Any]) -> None:
         cells = (cell(name, one["metrics"][name], short=True) for name in COLUMNS)
         table.add_row(one["name"], *(f"{value}\n[dim]{span}[/dim]" for value, span in cells))
     out.print(table)
+    for note in judge["notes"]:
+        out.print(f"{judge['kind']}: {note}", highlight=False)
     for step in summary["differences"]:
         parts = []
         for name in ("precision", "recall", "hallucinated"):

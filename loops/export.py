@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from captioner.models.render import Prompt
 
 VERIFIED = 4  # prompts that --verify compares
+VERIFIED_CAPTION = "red cup on a wooden table, small spoon to the left of the cup, window behind the table"
 
 
 def plan(run: Run, out: Path, adapter: Path | None = None) -> list[StagePlan]:
@@ -116,16 +117,20 @@ def _history(made: Path) -> dict[str, Any]:
 
 
 def _prompts(captioner: Captioner, seed: int) -> list[Prompt]:
-    """Scenes with all their views, the caption prompt and their caption."""
-    from captioner import scenes
+    """Pictures of noise with all their views, the caption prompt and a caption."""
+    import numpy as np
+    from PIL import Image
+
     from captioner.models import render
 
     renderer = render.Renderer(captioner, captioner.views)
     found = []
     for index in range(VERIFIED):
-        scene = scenes.sample("test", index, seed=seed)
-        prompt = renderer.prompt(scenes.draw(scene, index))
-        said = renderer.branch_ids(None, scenes.shorthand(scene))[0]
+        rng = np.random.default_rng([seed, index])
+        noise = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        picture = Image.fromarray(noise).resize((256, 192), Image.Resampling.BICUBIC)
+        prompt = renderer.prompt(picture)
+        said = renderer.branch_ids(None, VERIFIED_CAPTION)[0]
         opened = len(renderer.branch_ids(None)[0])
         found.append(replace(prompt, input_ids=prompt.input_ids[:-opened] + said))
     return found

@@ -20,11 +20,12 @@ from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from captioner import prompts, scenes
+from captioner import laboratory, prompts
 from captioner.config import Config
 from captioner.engines import make_engine
 from captioner.errors import ConfigError, Refused, RunError
 from captioner.fit import distributed
+from captioner.laboratory import Laboratory
 from captioner.method import golden as method
 from captioner.method import pairs, planted, qa
 from captioner.method.golden import Thresholds
@@ -42,7 +43,7 @@ from captioner.runs import (
     remove_dir,
     row_seed,
 )
-from captioner.sources import SCENES, parse_scenes, questions, resolve
+from captioner.sources import questions, resolve
 from captioner.sources.folder import ImageRow, load_row, read_folder
 from captioner.sources.gather import part_of_round
 from captioner.views import BadImage, View
@@ -163,11 +164,9 @@ def _of_round(run: Run, number: int) -> Plan:
 
 
 def round_source(source: str, number: int) -> str:
-    """The images of round ``number``: of scenes and of a source with a count, it takes its own part."""
-    if not source.startswith(SCENES):
-        return part_of_round(source, number)
-    split, count, offset = parse_scenes(source)
-    return f"{SCENES}{split}:{count}:{offset + (number - 1) * count}"
+    """The images of round ``number``: of a laboratory and of a source with a count, it takes its own part."""
+    part = laboratory.parse(source)
+    return part_of_round(source, number) if part is None else part.next(number - 1)
 
 
 def make_golden(run: Run, plan: Plan, config: Config, *, redo: bool, rethreshold: bool) -> dict[str, int]:
@@ -185,7 +184,8 @@ def make_golden(run: Run, plan: Plan, config: Config, *, redo: bool, rethreshold
     with distributed.main_first(config.model.device):
         folder = resolve(plan.source, run)
     images = read_folder(folder, captions=False)
-    known = (scenes.kind_of, scenes.slot_of) if plan.source.startswith(SCENES) else (None, None)
+    lab = laboratory.of_source(plan.source)
+    known = (lab.kind_of, lab.slot_of) if lab else (None, None)
     _candidates(run, plan, config, images, redo)
     thresholds = trusted(run, plan, config, _planted(run, plan, config, folder, images))
     tool = make_tool(config.tool, run.path / "tool", *known)
@@ -268,7 +268,7 @@ def _candidates(run: Run, plan: Plan, config: Config, images: list[ImageRow], re
 def _plan_planted(run: Run, plan: Plan) -> StagePlan | None:
     """None where nothing judges claims of this round."""
     config, settings = run.config, run.config.golden
-    if settings.planted is None and not plan.source.startswith(SCENES):
+    if settings.planted is None and laboratory.of_source(plan.source) is None:
         return None
     section = {
         "planted_images": settings.planted_images,
@@ -291,7 +291,7 @@ def _planted(
     """
     settings, home = config.golden, run.stage_dir(f"round-{plan.number}")
     file = Path(settings.planted) if settings.planted else None
-    known = read_folder(folder) if file is None and plan.source.startswith(SCENES) else []
+    lab = laboratory.of_source(plan.source)
     planned = _plan_planted(run, plan)
     if planned is None:
         return {}
@@ -299,7 +299,11 @@ def _planted(
         stage = begin(run, planned)
     if not stage.done:
         temperature = qa.Calibration.read(stage.inputs["calibration"]).temperature
-        rows = questions.read(file, config.max_failed)[0] if file else _scene_claims(home, known, config)
+        if file is not None:
+            rows = questions.read(file, config.max_failed)[0]
+        else:
+            assert lab is not None
+            rows = _known_claims(home, lab, read_folder(folder), config)
         output = Output(stage.dir, Planted)
 
         def work(
@@ -322,14 +326,14 @@ def _planted_accuracy(stage: Stage, output: Output[Planted], images: int) -> Non
     stage.finish({"images": images, "claims": len(asked)})
 
 
-def _scene_claims(home: Path, known: list[ImageRow], config: Config) -> list[ImageRow]:
+def _known_claims(home: Path, lab: Laboratory, known: list[ImageRow], config: Config) -> list[ImageRow]:
     """The first images with claims planted from their own samples."""
     candidates = by_key(Shards(home / "candidates", Candidate).read_all())
     rows = []
     for row in [row for row in known if row.key in candidates and row.facts][: config.golden.planted_images]:
         said = method.select(candidates[row.key], Rules(), config.golden.max_questions).asked
         rng = random.Random(row_seed(config.seed, "planted", row.key))
-        claims = planted.plant([each.text for each in said], row.facts or "", PLANTED_PER_IMAGE, rng)
+        claims = planted.plant(lab, [each.text for each in said], row.facts or "", PLANTED_PER_IMAGE, rng)
         rows.append(ImageRow(row.key, row.path, questions=[dict(claim) for claim in claims]))
     return rows
 

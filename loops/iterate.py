@@ -17,8 +17,7 @@ from typing import Any
 
 from captioner.config import Config
 from captioner.errors import ConfigError, Refused, RunError
-from captioner.judges import metrics
-from captioner.judges.metrics import Decision
+from captioner.judges.gate import Decision, decide
 from captioner.runs import Run, RunDir, atomic_write_json
 from loops import dpo, evaluate, golden, qa
 from loops.stages import StagePlan
@@ -99,18 +98,8 @@ def run_round(
 
 def gate(run: Run, number: int, *, accept_unjudged: bool = False) -> None:
     """Compare the captioner of a round with its start; write gate.json. Raises Refused if it may not stay."""
-    summary, (before, after) = evaluate.evaluate_round(run, number)
-    resamples, seed = run.config.evaluate.bootstrap, run.config.seed
-    even = evaluate.evenly(run, summary)
-    decision = metrics.gate(
-        before,
-        after,
-        run.config.gate,
-        even=even,
-        accept_unjudged=accept_unjudged,
-        resamples=resamples,
-        seed=seed,
-    )
+    summary, _, [step] = evaluate.evaluate_round(run, number)
+    decision = decide(step, run.config.gate, accept_unjudged=accept_unjudged)
     _record(run, number, summary, decision)
     evaluate.print_table(summary)
     print("\n".join(f"  {reason}" for reason in decision.reasons))
@@ -129,9 +118,9 @@ def _mend(number: int, decision: Decision, start: str) -> str:
     stays = f"the captioner stays {start}"
     if decision.unjudged:
         return (
-            f"{stays}; images with known facts in gate.data would decide (a column `facts` in the folder's "
-            f"metadata), or look at captions of both in `captioner report` and take the round on your own "
-            f"word: captioner iterate --round {number} --accept-unjudged"
+            f"{stays}; a list of the facts of each image would decide (gate.judge.facts FILE.jsonl), or look "
+            f"at what both say in `captioner report` and take the round on your own word: "
+            f"captioner iterate --round {number} --accept-unjudged"
         )
     return f"{stays}; more images, other thresholds or a gentler dpo section with --redo may mend the round"
 
@@ -141,6 +130,8 @@ def _record(run: Run, number: int, summary: dict[str, Any], decision: Decision) 
     gate = {
         "round": number,
         "promoted": decision.promoted,
+        "judge": decision.judge,
+        "notes": list(decision.notes),
         "unjudged": decision.unjudged,
         "reasons": list(decision.reasons),
         "start": start["checkpoint"],

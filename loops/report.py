@@ -13,9 +13,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from captioner import scenes, views
+from captioner import views
 from captioner.config import Config, ViewsConfig
 from captioner.errors import RunError
+from captioner.judges import facts
 from captioner.records import Candidate, CaptionRow, Claim, Golden, Planted, Record, Unasked
 from captioner.report import report as html
 from captioner.report.report import ClaimShown, Curve, ImageShown, Report, RoundShown, Truth
@@ -165,10 +166,10 @@ def _pictures(run: Run, part: str, rows: Sequence[ImageRow], about: Any) -> list
 
 def _truth(row: ImageRow) -> Truth:
     """What the known facts of an image say of a statement."""
-    if not row.facts:
+    known = facts.read(row.facts)
+    if known is None:
         return lambda statement: None
-    scene = scenes.Scene.from_json(row.facts)
-    return lambda statement: scenes.execute(statement, scene)
+    return known.holds
 
 
 def _claim(claim: Claim, truth: Truth) -> ClaimShown:

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Literal
 
 from captioner import prompts, runs
-from captioner import scenes as drawing
 from captioner.config import Config
 from captioner.errors import ConfigError
+from captioner.lab import grid as drawing
 from loops.stages import StagePlan
 
 VIEW_SIZE = 64  # px, the encoder's native resolution

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import shutil
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 FILE = Path(__file__).with_name("photographs.jsonl")
 # What is in none of the photographs.
@@ -28,11 +29,16 @@ def read() -> dict[str, dict[str, Any]]:
     return {Path(row["file_name"]).stem: row for row in rows}
 
 
-def copy(folder: Path) -> dict[str, Path]:
-    """The photographs in a folder of their own, by key."""
+def copy(folder: Path, side: int = 160) -> dict[str, Path]:
+    """The photographs in a folder of their own, by key, at most ``side`` px wide and high."""
     spec = importlib.util.find_spec("skimage")
     assert spec is not None and spec.origin is not None, "pip install scikit-image"
     data = Path(spec.origin).parent / "data"
     folder.mkdir(parents=True)
     rows = {key: row["file_name"] for key, row in read().items()}
-    return {key: Path(shutil.copy(data / name, folder / name)) for key, name in rows.items()}
+    for name in rows.values():
+        with Image.open(data / name) as photograph:
+            small = photograph.convert("RGB")
+        small.thumbnail((side, side))
+        small.save(folder / name)
+    return {key: folder / name for key, name in rows.items()}

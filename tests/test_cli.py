@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from captioner import scenes
 from captioner.config import Config, fields
 from captioner.errors import DataError, Refused
+from captioner.lab import grid as scenes
 from captioner.runs import Run
 from loops import cli, sft, stages
 

@@ -16,10 +16,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from captioner import config as configs
-from captioner import scenes
 from captioner.config import Config
 from captioner.errors import Refused
 from captioner.judges import metrics
+from captioner.lab import grid as scenes
 from captioner.runs import Run
 from loops import demo, iterate
 from tests import tiny

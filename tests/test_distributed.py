@@ -203,7 +203,7 @@ def test_sharded_parameters_and_the_model_that_comes_out(half: bool) -> None:
 def test_a_message_of_another_rank_is_passed_on(tmp_path: Path) -> None:
     """Two images, the second of which cannot be read; with a batch of one it is rank 0's or rank 1's."""
     tiny_checkpoint(tmp_path / "base")
-    from captioner import scenes
+    from captioner.lab import grid as scenes
 
     scenes.write("sft", 2, tmp_path / "images")
     bad = sorted((tmp_path / "images" / "images").glob("*.png"))[1]

@@ -18,7 +18,6 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from trl import DPOTrainer, KTOTrainer
 
-from captioner import scenes
 from captioner.config import (
     AdapterTuning,
     AlarmsConfig,
@@ -32,6 +31,7 @@ from captioner.config import (
 )
 from captioner.errors import Refused, RunError
 from captioner.fit import alarms, losses, preference, train
+from captioner.lab import grid as scenes
 from captioner.models import model, render
 from captioner.models.model import Captioner
 from captioner.records import Golden, Pair

@@ -16,11 +16,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from captioner import laboratory
 from captioner.config import Config
 from captioner.errors import DataError
 from captioner.records import CaptionRow
 from captioner.runs import Run, Shards
-from captioner.sources import parse_scenes, resolve
+from captioner.sources import resolve
 from captioner.sources.folder import (
     read_captions,
     read_folder,
@@ -214,9 +215,11 @@ def test_scenes_that_do_not_exist(source: str, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_parse_scenes() -> None:
-    assert parse_scenes("scenes:sft:512") == ("sft", 512, 0)
-    assert parse_scenes("scenes:sft:5:7") == ("sft", 5, 7)
+def test_sources_of_a_laboratory() -> None:
+    part = laboratory.parse("scenes:sft:5:7")
+    assert part is not None and (part.split, part.count, part.offset) == ("sft", 5, 7)
+    assert part.next(2) == "scenes:sft:5:17"
+    assert laboratory.parse("photographs/2026") is None and laboratory.parse("s3://bucket/photos") is None
 
 
 # ---------------------------------------------------------------- writing

@@ -11,7 +11,6 @@ import pytest
 
 from captioner.config import Config
 from captioner.errors import Refused
-from captioner.report.report import render_html
 from captioner.runs import Run
 from loops import cli, iterate, report
 from tests import photographs, tiny
@@ -29,21 +28,27 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {path.name: path for path in sorted(home.iterdir())}
 
 
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return photographs.copy(tmp_path_factory.mktemp("images") / "photographs")
+
+
 @pytest.fixture
-def setting(tmp_path: Path, checkpoints: dict[str, Path]) -> Iterator[Setting]:
+def setting(tmp_path: Path, checkpoints: dict[str, Path], images: dict[str, Path]) -> Iterator[Setting]:
     """A run at its gate: the captioner of round 1 beside the one it started from, on photographs."""
     servers: list[Vllm] = []
 
-    def make(before: Callable[[str], list[str]], after: Callable[[str], list[str]]) -> tuple[Run, Vllm]:
-        images = photographs.copy(tmp_path / "photographs")
+    def make(
+        before: Callable[[str], list[str]], after: Callable[[str], list[str]], **judge: str
+    ) -> tuple[Run, Vllm]:
         say = {"start": before, "made": after}
         servers.append(Vllm(checkpoints, images, lambda name, key: ", ".join(say[name](key))))
         run_dir = tmp_path / "run"
         config = Config.model_validate(
             {
                 "model": {"path": str(checkpoints["start"]), "device": "cpu"},
-                "engine": {"type": "server", "urls": [servers[-1].url], "retries": 0},
-                "gate": {"data": str(tmp_path / "photographs")},
+                "engine": {"type": "server", "urls": [servers[-1].url], "in_flight": 4},
+                "gate": {"data": str(images["coffee"].parent), "judge": judge, "max_length_ratio": 4.0},
                 "evaluate": {"bootstrap": 500, "max_tokens": 400},
             }
         )
@@ -90,13 +95,57 @@ def test_a_round_is_accepted_unjudged_on_the_users_word(
     assert (gate["promoted"], gate["unjudged"]) == (True, True)
     assert any("accepted unjudged" in reason for reason in gate["reasons"])
     assert run.newest_captioner() == run.captioner_dir(1)
-    assert "although nothing judged its truth" in render_html(report.collect(run))
+    assert "Gate: promoted unjudged" in render_html(report.collect(run, 12))
 
 
 def test_the_users_word_is_no_word_for_loops(setting: Setting) -> None:
     run, _ = setting(facts, lambda key: facts(key)[:3] * 2)
     with pytest.raises(Refused, match="repeated share"):
         iterate.gate(run, 1, accept_unjudged=True)
+
+
+# ---------------------------------------------------------------- with a list of facts per image
+
+
+def half_wrong(key: str) -> list[str]:
+    """Four facts, and two plausible falsehoods between them."""
+    true, false = facts(key), KNOWN[key]["false"]
+    return [true[0], false[0], true[1], true[2], false[1], true[3]]
+
+
+def better(key: str) -> list[str]:
+    """More facts, and fewer falsehoods."""
+    return [*facts(key), KNOWN[key]["false"][0]]
+
+
+def talkative(key: str) -> list[str]:
+    """The same facts, and everything else that somebody might have photographed."""
+    return [*half_wrong(key), *KNOWN[key]["false"][2:], *photographs.NONSENSE]
+
+
+@pytest.mark.parametrize(
+    ("after", "promoted"), [(better, True), (nonsense, False), (talkative, False), (half_wrong, False)]
+)
+def test_lists_of_facts_decide(
+    setting: Setting, after: Callable[[str], list[str]], promoted: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, _ = setting(half_wrong, after, facts=str(photographs.FILE))
+    if promoted:
+        iterate.gate(run, 1)
+    else:
+        with pytest.raises(Refused, match="the gate refused round 1"):
+            iterate.gate(run, 1)
+    gate = json.loads((run.path / "round-1" / "gate.json").read_text())
+    assert (gate["promoted"], gate["judge"], gate["unjudged"]) == (promoted, "facts", False)
+    assert "judge: facts" in capsys.readouterr().out
+
+
+def test_images_without_facts_are_named(setting: Setting, tmp_path: Path) -> None:
+    lines = photographs.FILE.read_text().splitlines()
+    (tmp_path / "facts.jsonl").write_text("\n".join(lines[2:]))
+    run, _ = setting(half_wrong, better, facts=str(tmp_path / "facts.jsonl"))
+    with pytest.raises(Refused, match=r"2 of 18 images have no known facts \(astronaut, brick\)"):
+        iterate.gate(run, 1)
 
 
 def test_the_flag_reaches_the_gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,10 +20,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from captioner import scenes, views
+from captioner import views
 from captioner.config import Config, GoldenConfig, ViewsConfig, ViewsOverride
 from captioner.engines import YesNo
 from captioner.errors import ConfigError, Refused, RunError
+from captioner.lab import grid as scenes
 from captioner.method import golden, planted, qa
 from captioner.method.golden import Thresholds
 from captioner.method.tool import Rules
@@ -718,7 +719,7 @@ def verifier_of(home: Path) -> Any:
 def test_planted_claims_are_balanced_and_judged() -> None:
     scene = scenes.sample("round", 3)
     said = [*scenes.statements(scene), "northwest nothing", "no idea"]
-    claims = planted.plant(said, scene.to_json(), 30, random.Random(0))
+    claims = planted.plant(scenes.LABORATORY, said, scene.to_json(), 30, random.Random(0))
     assert len(claims) >= 16
     for claim_ in claims:
         assert (claim_["answer"] == "yes") == scenes.execute(claim_["question"], scene)
@@ -791,7 +792,7 @@ def test_a_verifier_trained_on_turned_labels_is_caught(tmp_path: Path) -> None:
     asked = []
     for row in read_folder(tmp_path / "round"):
         said, facts = scenes.statements(scenes.Scene.from_json(row.facts or "")), row.facts or ""
-        claims = planted.plant(said, facts, loop.PLANTED_PER_IMAGE, random.Random(0))
+        claims = planted.plant(scenes.LABORATORY, said, facts, loop.PLANTED_PER_IMAGE, random.Random(0))
         asked.append(ImageRow(row.key, row.path, questions=[dict(each) for each in claims]))
     engine = make_engine(tmp_path / "qa" / "captioner", config)
     answers, failed = loop._ask_planted(engine, asked, 1.0, lambda: None)

@@ -9,13 +9,13 @@ from typing import Any, ClassVar
 
 import pytest
 
-from captioner import prompts, runs, scenes
+from captioner import prompts, runs
 from captioner.config import Config
 from captioner.engines import CaptionRequest
 from captioner.errors import ConfigError, DataError, Refused, RunError
+from captioner.lab import grid as scenes
 from captioner.records import Candidate, CaptionRow
 from captioner.runs import Run, Shards
-from captioner.sources.folder import read_folder
 from loops import evaluate, iterate, report
 from tests import tiny
 
@@ -151,7 +151,7 @@ def test_an_unreadable_image_is_a_row_and_many_are_refused(run: Run, tmp_path: P
     broken = tmp_path / "images" / "images" / "000003.png"
     broken.write_bytes(b"not an image")
     entry = evaluate.Entry("SFT", checkpoint(run.captioner_dir(0), "oracle"))
-    summary, [counts] = evaluate.score(run, [entry], str(tmp_path / "images"))
+    summary, [counts], _ = evaluate.score(run, [entry], str(tmp_path / "images"))
     assert summary["captioners"][0]["failed"] == 1
     assert len(counts) == VALIDATION - 1
     rows = Shards(run.path / summary["captioners"][0]["captions"], CaptionRow).read_all()
@@ -262,17 +262,15 @@ def test_report_of_a_run(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     (run.path / "sft" / "metrics.jsonl").write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.0}\n')
     evaluate.evaluate(run, run.config)
     report.report(run, run.config)
-    page = report.collect(run)
-    shown = [image for image in page.images if image.part == "round 1"]
-    assert len(shown) == VALIDATION
-    images = read_folder(evaluate.resolve(run.config.gate.data, run))
-    captions, facts = dict(shown[0].captions), {row.key: row.facts for row in images}
-    assert shown[0].samples == ["a <b> sample"]
-    assert captions["after"] == scenes.shorthand(scenes.Scene.from_json(facts[shown[0].key] or ""))
-    assert captions["before"] != captions["after"]
+    page = report.collect(run, 12)
+    of_round = [image for image in page.images if image.part == "round 1"]
+    assert len(of_round) == 12
+    said, first = dict(of_round[0].captions), scenes.sample("validation", 0)
+    assert (of_round[0].samples, said["after"]) == (["a <b> sample"], scenes.shorthand(first))
+    assert said["before"] != said["after"]
+    assert of_round[0].truth(scenes.statements(first)[0]) is True
     assert [c.name for c in page.curves] == ["loss"]
     html = (run.path / "report.html").read_text()
-    assert r"a \u003cb\u003e sample" in html
     assert "<b> sample" not in html
     (run.path / "sft" / "metrics.jsonl").write_text("not json\n")
     with pytest.raises(RunError, match="not JSON"):
@@ -293,7 +291,7 @@ def test_a_real_model_is_evaluated(tmp_path: Path) -> None:
         evaluate.Entry("base", tmp_path / "tiny", prose=True),
         evaluate.Entry("SFT", tmp_path / "tiny"),
     ]
-    summary, counts = evaluate.score(run, entries, config.evaluate.data)
+    summary, counts, _ = evaluate.score(run, entries, config.evaluate.data)
     assert summary["captioners"][0]["captions"] != summary["captioners"][1]["captions"]  # another prompt
     assert [len(rows) for rows in counts] == [3, 3]
     assert all(0 < row["tokens"] <= 6 for rows in counts for row in rows)

@@ -2,17 +2,19 @@
 
 import ast
 import importlib
+import re
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
+from captioner.lab import grid
 from loops.cli import COMMANDS
 
 REPO = Path(__file__).resolve().parent.parent
 LEVELS = (
-    {"errors", "config", "records", "prompts", "statements", "runs", "scenes"},
+    {"errors", "config", "records", "prompts", "statements", "runs", "laboratory"},
     {"views", "sources", "layouts"},
     {"models"},
     {"engines"},
@@ -44,6 +46,8 @@ SERVING = (
     "loops.caption",
 )
 MAY_IMPORT_LOOPS = {"loops.iterate", "loops.demo"}  # and the studies, which run whole loops
+# word lists for any photograph, in which a square is a square
+ENGLISH = {f"captioner.method.{name}" for name in ("kinds", "tool", "words")}
 LONGEST = 100  # lines of a function
 
 
@@ -107,6 +111,47 @@ def test_imports_go_down() -> None:
         if name[0] == "c" and other[:5] == "loops"
     ]
     assert up == []
+
+
+def test_the_laboratory_is_no_part_of_the_product() -> None:
+    """It comes in as a plug-in does; only what draws, demonstrates and studies names it."""
+    allowed = ("captioner.lab", "loops.scenes", "loops.demo", "loops.study", "loops.studies")
+    guilty = [
+        f"{name} imports {other}"
+        for name in FILES
+        for other in IMPORTS[name]
+        if f"{other}.".startswith("captioner.lab.")
+        and not any(f"{name}.".startswith(f"{each}.") for each in allowed)
+    ]
+    assert guilty == []
+
+
+def test_no_product_module_speaks_the_language_of_the_laboratory() -> None:
+    """Its compass names, shapes and marks are in no string of the product, docstrings aside."""
+    words = {*grid.POSITIONS, *grid.SHAPES, *grid.MARKS} - {"center"}
+    found = [
+        f"{name}, line {node.lineno}: {sorted(said)}"
+        for name, tree in TREES.items()
+        if name.startswith("captioner.") and part(name) != "lab" and name not in ENGLISH
+        for node in _strings(tree)
+        if (said := words & set(re.findall(r"[a-z]+", str(node.value).casefold())))
+    ]
+    assert found == []
+
+
+def _strings(tree: ast.Module) -> Iterator[ast.Constant]:
+    """Every text in the code that is no docstring."""
+    docs = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+        and node.body
+        and isinstance(node.body[0], ast.Expr)
+    }
+    fields = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docs | fields:
+            yield node
 
 
 def test_imports_have_no_circle() -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from captioner import scenes
 from captioner.config import Config, shown, values
+from captioner.lab import grid as scenes
 from captioner.runs import Run
 from tests.test_demo import small
 

@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from captioner import scenes
 from captioner.config import Config, ModelConfig, QAConfig, TrainingConfig
 from captioner.errors import DataError, RunError
+from captioner.lab import grid as scenes
 from captioner.method import qa
 from captioner.method.qa import Answer
 from captioner.models.model import FAMILIES

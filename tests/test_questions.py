@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from captioner import scenes
 from captioner.config import Config, QAConfig, TrainingConfig
 from captioner.errors import DataError, Refused
+from captioner.lab import grid as scenes
 from captioner.runs import Run
 from captioner.sources import questions
 from loops import qa as loop

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from captioner import scenes
 from captioner.errors import DataError
+from captioner.lab import grid as scenes
 
 indices = st.integers(0, 10_000)
 splits = st.sampled_from(sorted(scenes.SPLITS))

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from captioner import scenes
 from captioner.config import GoldenConfig
+from captioner.lab import grid as scenes
+from captioner.lab.grid import Scene, Thing
 from captioner.method.golden import Thresholds, judge
 from captioner.records import Candidate, Claim
-from captioner.scenes import Scene, Thing
 from loops.studies import golden as study
 
 SCENE = Scene("white", (Thing("north", "star", "red", "large", None),))  # 4 facts

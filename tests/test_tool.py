@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from captioner import scenes
+from captioner.lab import grid as scenes
 from captioner.method.tool import Rules
 from captioner.statements import normalise, split_statements
 

@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from captioner import scenes
 from captioner.config import (
     AdapterTuning,
     Config,
@@ -27,6 +26,7 @@ from captioner.config import (
 )
 from captioner.errors import ConfigError, DataError, Refused, RunError
 from captioner.fit import train
+from captioner.lab import grid as scenes
 from captioner.models import model, render
 from captioner.models.model import Captioner
 from captioner.records import Failed

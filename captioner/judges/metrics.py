@@ -1,4 +1,4 @@
-"""Exact caption metrics on images whose facts are known, with bootstrap intervals over images.
+"""Caption metrics with bootstrap intervals over images: counting, and what corpora of counts say.
 
 Nothing here loads torch. A caption becomes a row of counts (:class:`Counts`); every corpus metric is a
 function of the *sums* of those rows (micro average: each statement and each fact weighs the same), so a
@@ -16,9 +16,8 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from captioner import scenes
-from captioner.config import GateConfig
 from captioner.errors import DataError
+from captioner.laboratory import Facts
 from captioner.statements import comparable_statements
 
 Array = NDArray[np.float64]
@@ -49,23 +48,22 @@ METRICS = (
     "tokens",
 )
 NEED_FACTS = frozenset(METRICS[:6])
-UNJUDGED_ACCEPTED = "no judge told whether the captions are true: accepted unjudged by the user"
 HIGHER_IS_BETTER = frozenset({"precision", "recall", "f1", "parsed", "ended"})
 
 
 @dataclass(frozen=True)
 class Counts:
-    """One caption's counts; ``judged`` is false where the image has no known facts.
+    """One caption's counts, or expected counts; ``judged`` is false where nothing tells what is true.
 
     ``groups`` holds (hits, total) by metric and grouping, e.g. ``groups["recall by size"]["small"]``.
     """
 
     key: str
     judged: bool
-    values: tuple[int, ...]  # in the order of COLUMNS
-    groups: Mapping[str, Mapping[str, tuple[int, int]]] = field(default_factory=dict)
+    values: tuple[float, ...]  # in the order of COLUMNS
+    groups: Mapping[str, Mapping[str, tuple[float, float]]] = field(default_factory=dict)
 
-    def __getitem__(self, column: str) -> int:
+    def __getitem__(self, column: str) -> float:
         return self.values[_AT[column]]
 
 
@@ -88,31 +86,27 @@ class Interval:
         )
 
 
-@dataclass(frozen=True)
-class Decision:
-    """What the gate says; ``reasons`` holds one line per rule, passed or not."""
-
-    promoted: bool
-    reasons: tuple[str, ...]
-    difference: Mapping[str, Interval]
-    unjudged: bool = False  # nothing could tell whether the captions are true
-
-
 def count(
-    key: str, caption: str, facts: str | None, *, finish_reason: str | None, tokens: int, prose: bool = False
+    key: str,
+    caption: str,
+    known: Facts | None,
+    *,
+    finish_reason: str | None,
+    tokens: int,
+    prose: bool = False,
 ) -> Counts:
-    """Counts of one caption. ``facts`` is a scene's facts as JSON, or None where nothing is known.
+    """Counts of one caption; ``known`` is what is known of its image, None for nothing.
 
-    Repeated statements count once for precision; statements that cannot be parsed are neither true nor
-    false, and lower ``parsed`` instead.
+    Repeated statements count once for precision; statements of which nothing tells whether they hold are
+    neither true nor false, and lower ``parsed`` instead.
     """
     said = comparable_statements(caption)
-    row = dict.fromkeys(COLUMNS, 0)
+    row = dict.fromkeys(COLUMNS, 0.0)
     row |= {"captions": 1, "statements": len(said), "repeated": len(said) - len(set(said))}
     row |= {"ended": int(finish_reason == "stop"), "tokens": tokens}
-    if facts is None:
+    if known is None:
         return Counts(key, False, tuple(row.values()))
-    judged = scenes.judge(caption, facts, prose=prose)
+    judged = known.judge(caption, prose=prose)
     row |= {"unparsed": judged.unparsed, "true": judged.true, "false": judged.false}
     row |= {"hallucinating": int(judged.false > 0), "facts": judged.facts, "recalled": judged.recalled}
     groups = {
@@ -256,96 +250,3 @@ def breakdown(
             value = _ratio(pairs.sum(0)[:1], pairs.sum(0)[1:])
             result[grouping][group] = _interval(float(value[0]), _ratio(draws[:, 0], draws[:, 1]))
     return result
-
-
-def gate(
-    before: Sequence[Counts],
-    after: Sequence[Counts],
-    config: GateConfig,
-    *,
-    even: tuple[Sequence[Counts], Sequence[Counts]] | None = None,
-    accept_unjudged: bool = False,
-    resamples: int = 2000,
-    seed: int = 0,
-) -> Decision:
-    """Whether a round's captioner replaces the one it started from: it does one thing better and no harm.
-
-    All tests are paired over images, by the 95 % interval of after - before. *Better* (superiority): F1 rises
-    or the share of hallucinated statements falls, and the interval excludes 0. *No harm* (non-inferiority:
-    the interval excludes a loss above the margin, so few images or a loss within chance do not pass as none):
-    hallucinated share, recall at equal length, recall of the whole captions, share of repeated statements,
-    mean length as a ratio. And at least ``min_ended`` of the new captions ended by themselves, the share
-    itself: it is a demand on the captioner, not a comparison.
-
-    ``even`` are the counts of both with the longer caption of each image cut to the statements of the shorter
-    (:func:`evenly`): what is said first is to be as complete, however much is said. An undefined difference
-    (nothing parsed) never passes.
-
-    Where an image has no known facts, nothing here can tell a better captioner from one that makes things up:
-    the round is refused. ``accept_unjudged`` takes it on the user's word, if repetition, length and endings
-    are as good as before.
-    """
-    change = dict(difference(before, after, resamples=resamples, seed=seed))
-    start = evaluate(before, resamples=100, seed=seed)
-    ended = evaluate(after, resamples=100, seed=seed)["ended"].value
-    judged = all(r.judged for r in before) and all(r.judged for r in after)
-    rules: list[tuple[bool, str]] = []
-    if judged:
-        change["even_recall"] = difference(*(even or (before, after)), resamples=resamples, seed=seed)[
-            "recall"
-        ]
-        wrong, told, whole = change["hallucinated"], change["even_recall"], change["f1"]
-        signs = f"F1 {_signed(whole)}, hallucinated {_signed(wrong)}"
-        rules += [
-            (whole.low > 0 or wrong.high < 0, f"better in one of the two: {signs}"),
-            _rise("hallucinated share of the statements", wrong, config.max_hallucinated_rise),
-            _fall("recall at equal length", told, config.max_recall_loss),
-            _fall("recall", change["recall"], config.max_whole_recall_loss),
-        ]
-    else:
-        rules.append((accept_unjudged, UNJUDGED_ACCEPTED if accept_unjudged else _unjudged(after)))
-    rules.append(_rise("repeated share of the statements", change["repeated"], config.max_repeated_rise))
-    tokens, base = change["tokens"], max(start["tokens"].value, 1.0)
-    low, high = 1 + tokens.low / base, 1 + tokens.high / base
-    limit = config.max_length_ratio
-    rules += [
-        (
-            1 / limit <= low and high <= limit,
-            f"length times {1 + tokens.value / base:.2f} ({low:.2f} to {high:.2f}); within {limit:g}",
-        ),
-        (
-            ended >= config.min_ended,
-            f"{ended:.1%} of the captions ended; at least {config.min_ended:.1%} must",
-        ),
-    ]
-    reasons = tuple(f"{'ok' if passed else 'REFUSED'}: {text}" for passed, text in rules)
-    return Decision(all(passed for passed, _ in rules), reasons, change, unjudged=not judged)
-
-
-def _unjudged(rows: Sequence[Counts]) -> str:
-    unknown = sum(not row.judged for row in rows)
-    images = f"{unknown} of {len(rows)} images have no known facts"
-    return f"no judge can tell whether the captions are true: {images}"
-
-
-def evenly(before: str, after: str) -> tuple[str, str]:
-    """Two captions of an image, the longer cut behind as many statements as the shorter has."""
-    both = comparable_statements(before), comparable_statements(after)
-    length = min(map(len, both))
-    one, other = (", ".join(said[:length]) for said in both)
-    return one, other
-
-
-def _rise(name: str, change: Interval, margin: float) -> tuple[bool, str]:
-    text = f"{name} {_signed(change)}; a rise of {margin * 100:g} is to be ruled out"
-    return change.high <= margin, text
-
-
-def _fall(name: str, change: Interval, margin: float) -> tuple[bool, str]:
-    text = f"{name} {_signed(change)}; a loss of {margin * 100:g} is to be ruled out"
-    return change.low >= -margin, text
-
-
-def _signed(x: Interval) -> str:
-    """A difference of shares in percentage points with its interval."""
-    return f"{x.value * 100:+.1f} points ({x.low * 100:+.1f} to {x.high * 100:+.1f})"

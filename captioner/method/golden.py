@@ -15,7 +15,7 @@ from typing import Literal
 
 import numpy as np
 
-from captioner import prompts, views
+from captioner import laboratory, prompts, views
 from captioner.config import GoldenConfig, ViewsConfig, ViewsOverride
 from captioner.engines import YesNo
 from captioner.method import qa
@@ -44,10 +44,10 @@ _WHOLE = re.compile(
 )
 _RELATION = re.compile(r"\b(?:left|right|top) of\b", re.IGNORECASE)
 _PLACES = (  # (axis, place as a share of the side, words)
-    (0, 1 / 6, re.compile(r"\bleft\b|west\b", re.IGNORECASE)),
-    (0, 5 / 6, re.compile(r"\bright\b|east\b", re.IGNORECASE)),
-    (1, 1 / 6, re.compile(r"\btop\b|\bupper\b|\bnorth", re.IGNORECASE)),
-    (1, 5 / 6, re.compile(r"\bbottom\b|\blower\b|\bsouth", re.IGNORECASE)),
+    (0, 1 / 6, re.compile(r"\bleft\b", re.IGNORECASE)),
+    (0, 5 / 6, re.compile(r"\bright\b", re.IGNORECASE)),
+    (1, 1 / 6, re.compile(r"\btop\b|\bupper\b", re.IGNORECASE)),
+    (1, 5 / 6, re.compile(r"\bbottom\b|\blower\b", re.IGNORECASE)),
 )
 _CENTER = re.compile(r"\bcent(?:er|re)\b|\bmiddle\b", re.IGNORECASE)
 
@@ -296,6 +296,7 @@ def best_view(statement: str, plan: Sequence[View]) -> str | None:
     """
     if _RELATION.search(statement):
         return None
+    statement = laboratory.plainly(statement)
     named = {axis: at for axis, at, words in _PLACES if words.search(statement)}
     if not named and not _CENTER.search(statement):
         return None

@@ -8,20 +8,15 @@ one word swapped, judged by the facts of the scene, or a file that people checke
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from captioner import scenes
 from captioner.config import GoldenConfig
+from captioner.laboratory import Laboratory
 from captioner.method import qa
 
 ENOUGH = 20  # planted claims of a kind below which held-out questions speak for it
-WORD_SETS: tuple[tuple[str, ...], ...] = (
-    scenes.POSITIONS,
-    *scenes.VALUES.values(),
-    tuple(scenes.BACKGROUNDS),
-)
 
 
 @dataclass(frozen=True)
@@ -40,34 +35,15 @@ class Trust:
         }
 
 
-def plant(statements: Sequence[str], facts: str, count: int, rng: random.Random) -> list[qa.Question]:
-    """At most ``count`` claims about a scene, of every kind as many true as false ones.
+def plant(
+    laboratory: Laboratory, statements: Sequence[str], facts: str, count: int, rng: random.Random
+) -> list[qa.Question]:
+    """At most ``count`` claims about an image of a laboratory, of every kind as many true as false ones.
 
-    From the statements of its captions as they stand (``stated``) and with one word changed or a relation
-    turned (``swap``). ``facts`` judges all of them; what it cannot judge is no claim.
+    From the statements of its captions as they stand and with one word changed; its facts judge all of them,
+    and what they cannot judge is no claim.
     """
-    scene = scenes.Scene.from_json(facts)
-    found: dict[str, qa.Question] = {}
-    stated = [(text, "stated") for text in statements]
-    swapped = [(text, "swap") for statement in statements for text in _swaps(statement, rng)]
-    for text, stratum in stated + swapped:
-        known = scenes.normalise(text)
-        if known is not None and known not in found:
-            answer = "yes" if scenes.execute(known, scene) else "no"
-            kind = scenes.kind_of(known)
-            found[known] = {"question": known, "answer": answer, "kind": kind, "stratum": stratum}
-    return qa.draw_balanced(list(found.values()), count, rng)
-
-
-def _swaps(statement: str, rng: random.Random) -> Iterator[str]:
-    words = statement.split()
-    for at, word in enumerate(words):
-        for values in WORD_SETS:
-            if word in values:
-                other = rng.choice([value for value in values if value != word])
-                yield " ".join([*words[:at], other, *words[at + 1 :]])
-    if len(words) > 2:
-        yield " ".join([words[-1], *words[1:-1], words[0]])
+    return qa.draw_balanced(laboratory.claims(statements, facts, rng), count, rng)
 
 
 def decide(

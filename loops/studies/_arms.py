@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from captioner.config import Config, SamplingConfig
-from captioner.judges import metrics
+from captioner.judges import facts, metrics
 from captioner.judges.metrics import Counts
 from captioner.pipeline.watch import repeats
 from captioner.records import CaptionRow
@@ -67,9 +67,10 @@ def caption(engine: HFEngine, rows: Sequence[ImageRow], max_tokens: int, prose: 
     requests = [CaptionRequest(row.key, row.path, row.key) for row in rows]
     greedy = SamplingConfig(temperature=0.0, max_tokens=max_tokens)
     said = [candidates[0] for candidates in engine.sample(requests, 1, greedy)]
+    known = [facts.read(row.facts) for row in rows]
     return [
-        metrics.count(row.key, c.text, row.facts, finish_reason=c.finish_reason, tokens=c.tokens, prose=prose)
-        for row, c in zip(rows, said, strict=True)
+        metrics.count(row.key, c.text, each, finish_reason=c.finish_reason, tokens=c.tokens, prose=prose)
+        for row, each, c in zip(rows, known, said, strict=True)
     ]
 
 
@@ -82,8 +83,8 @@ def share(counts: Sequence[Counts], grouping: str, group: str) -> float:
 def scores(run: Run, name: str, checkpoint: Path) -> Metrics:
     """Every metric of a checkpoint on ``evaluate.data``, with the shares of its captions that are different
     from all others (``unique``) and that go round in circles (``looping``)."""
-    summary, _ = evaluate.score(run, [evaluate.Entry(name, checkpoint)], run.config.evaluate.data)
-    [one] = summary["captioners"]
+    entries = [evaluate.Entry(name, checkpoint)]
+    [one] = evaluate.score(run, entries, run.config.evaluate.data).summary["captioners"]
     found = {"f1": 0.0, "repeated": 0.0}  # of one that says nothing both are undefined
     found |= {key: x["value"] for key, x in one["metrics"].items() if x["value"] is not None}
     said = [row.caption or "" for row in Shards(run.path / one["captions"], CaptionRow).read_all()]

@@ -12,8 +12,8 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from captioner import scenes
 from captioner.config import Config, GoldenConfig
+from captioner.lab import grid as scenes
 from captioner.method import golden
 from captioner.records import Candidate, Claim
 from captioner.runs import Run, Shards

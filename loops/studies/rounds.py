@@ -21,7 +21,7 @@ from typing import Any
 
 from captioner.config import Config
 from captioner.errors import Refused
-from captioner.judges import metrics
+from captioner.judges import facts, metrics
 from captioner.records import Candidate, Golden
 from captioner.runs import Run, Shards, atomic_write_json, input_of
 from captioner.sources.folder import read_folder
@@ -110,11 +110,11 @@ def _learned_from(run: Run, number: int) -> Metrics:
     home = run.stage_dir(f"round-{number}")
     images = input_of(home / "candidates", "images")
     assert images is not None
-    facts = {row.key: row.facts for row in read_folder(images)}
+    known = {row.key: facts.read(row.facts) for row in read_folder(images)}
 
     def judged(rows: Sequence[Golden] | Sequence[Candidate]) -> dict[str, metrics.Interval]:
         one = [
-            metrics.count(r.key, r.text, facts[r.key], finish_reason="stop", tokens=r.tokens) for r in rows
+            metrics.count(r.key, r.text, known[r.key], finish_reason="stop", tokens=r.tokens) for r in rows
         ]
         return metrics.evaluate(one, resamples=100)
 

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from captioner import scenes
 from captioner.config import Config
 from captioner.errors import Refused
+from captioner.lab import grid as scenes
 from captioner.models import model
 from captioner.runs import Run
 from loops import golden as loop

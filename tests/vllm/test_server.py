@@ -17,12 +17,13 @@ import torch
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
-from captioner import prompts, scenes, views
+from captioner import prompts, views
 from captioner.config import Config, EngineConfig, SamplingConfig, ServerConfig, ToolConfig, ViewsOverride
 from captioner.engines import CaptionRequest, NoAnswer, QuestionBatch, TextRequest, make_engine
 from captioner.engines.server import ServerEngine
 from captioner.engines.text import TextEngine
 from captioner.errors import EngineError
+from captioner.lab import grid as scenes
 from captioner.method.tool import LLM, ToolFailed
 from captioner.models import fuse, model, render
 from captioner.sources.folder import read_captions

@@ -10,10 +10,11 @@ Every answer is executed on the scene, never assumed (cf. CLEVR, ShapeWorld).
 from __future__ import annotations
 
 import json
+import random
 import re
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from captioner.errors import DataError
+from captioner.laboratory import Judgement, Laboratory
 
 SIZE_PX = 128
 CELL_PX = 40
@@ -479,27 +481,6 @@ def parse_prose(caption: str) -> list[str | None]:
     return found
 
 
-@dataclass
-class Judgement:
-    """How one caption compares with its scene. Counts are of distinct parsed statements."""
-
-    statements: int  # all, repeated and unparsed ones included
-    unparsed: int
-    duplicates: int
-    true: int = 0
-    false: int = 0
-    facts: int = 0
-    recalled: int = 0
-    by_kind: dict[str, tuple[int, int]] = field(default_factory=dict)  # kind -> (true, false)
-    # size of the object that a statement is about -> (true, all); about an empty position: none
-    precision_by_size: dict[str, tuple[int, int]] = field(default_factory=dict)
-    recall_by_kind: dict[str, tuple[int, int]] = field(default_factory=dict)  # kind -> (recalled, facts)
-    recall_by_size: dict[str, tuple[int, int]] = field(
-        default_factory=dict
-    )  # object size -> (recalled, facts)
-    recall_by_group: dict[str, tuple[int, int]] = field(default_factory=dict)  # common/rare/held_out -> ...
-
-
 def judge(caption: str, facts: str | Scene, prose: bool = False) -> Judgement:
     """Exact precision and recall of a caption. ``facts`` is the scene or its JSON."""
     scene = facts if isinstance(facts, Scene) else Scene.from_json(facts)
@@ -536,6 +517,34 @@ def _tally(hits: Any) -> dict[str, tuple[int, int]]:
         recalled, total = counts.get(name, (0, 0))
         counts[name] = (recalled + int(hit), total + 1)
     return counts
+
+
+# ---------------------------------------------------------------- claims whose answers are known
+
+
+def claims(statements: Sequence[str], facts: str, rng: random.Random) -> list[dict[str, Any]]:
+    """The statements of a scene's captions as they stand (``stated``) and with one word changed or a
+    relation turned (``swap``); what cannot be parsed is no claim."""
+    scene = Scene.from_json(facts)
+    found: dict[str, dict[str, Any]] = {}
+    stated = [(text, "stated") for text in statements]
+    swapped = [(text, "swap") for statement in statements for text in _swaps(statement, rng)]
+    for text, stratum in stated + swapped:
+        known = normalise(text)
+        if known is not None and known not in found:
+            found[known] = _question(known, "yes" if execute(known, scene) else "no", kind_of(known), stratum)
+    return list(found.values())
+
+
+def _swaps(statement: str, rng: random.Random) -> Iterator[str]:
+    words = statement.split()
+    for at, word in enumerate(words):
+        for values in (POSITIONS, *VALUES.values(), tuple(BACKGROUNDS)):
+            if word in values:
+                other = rng.choice([value for value in values if value != word])
+                yield " ".join([*words[:at], other, *words[at + 1 :]])
+    if len(words) > 2:
+        yield " ".join([words[-1], *words[1:-1], words[0]])
 
 
 # ---------------------------------------------------------------- writing an image folder
@@ -575,3 +584,41 @@ def write(split: str, count: int, folder: Path, *, offset: int = 0, seed: int = 
         image.save(folder / row["file_name"], compress_level=1)
         metadata.append(row)
     pq.write_table(pa.Table.from_pylist(metadata), folder / "metadata.parquet")
+
+
+# ---------------------------------------------------------------- what the product knows of all this
+
+
+@dataclass(frozen=True)
+class _Facts:
+    scene: Scene
+
+    def holds(self, statement: str) -> bool | None:
+        return execute(statement, self.scene)
+
+    def judge(self, caption: str, *, prose: bool = False) -> Judgement:
+        return judge(caption, self.scene, prose)
+
+
+class _Grid:
+    """See :class:`captioner.laboratory.Laboratory`."""
+
+    def __init__(self) -> None:
+        self.splits: Collection[str] = SPLITS
+        self.directions: Mapping[str, str] = {
+            "northwest": "top left",
+            "northeast": "top right",
+            "southwest": "bottom left",
+            "southeast": "bottom right",
+            "north": "top",
+            "south": "bottom",
+            "west": "left",
+            "east": "right",
+        }
+        self.write, self.kind_of, self.slot_of, self.claims = write, kind_of, slot_of, claims
+
+    def read(self, facts: str) -> _Facts | None:
+        return _Facts(Scene.from_json(facts)) if facts.startswith('{"background"') else None
+
+
+LABORATORY: Laboratory = _Grid()
