@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
@@ -22,14 +22,19 @@ from rich.table import Table
 from captioner.config import Config
 from captioner.errors import Refused
 from captioner.judges import metrics
+from captioner.judges.base import Said
 from captioner.judges.metrics import Counts
+from captioner.lab import grid as scenes
 from captioner.runs import Run, RunDir, atomic_write_json, console
 from captioner.sources import resolve
+from captioner.sources.folder import read_folder
+from captioner.statements import split_statements
 from loops import caption, evaluate, iterate, report, sft
 from loops.stages import StagePlan
 
 TOML = Path(__file__).with_name("demo.toml")  # the command line reads it where no other is named
 ROUNDS = (1, 2)
+Baselines = dict[str, list[Counts]]  # counts of captions that no training made, by name
 
 
 def plan(run: Run) -> list[StagePlan]:
@@ -72,6 +77,7 @@ def run_once(config: Config, home: Path, *, redo: bool, gpus: int) -> None:
     with _timed(times, "evaluation"):
         # the table is printed at the end, where it is looked for
         summary = evaluate.score(run, evaluate.run_entries(run, config), config.evaluate.data).summary
+        summary["baselines"] = _scored(baselines(run), config)
         atomic_write_json(run.path / "evaluation.json", summary)
     with _timed(times, "captions"):
         out = run.path / "captions"
@@ -88,7 +94,7 @@ def run_once(config: Config, home: Path, *, redo: bool, gpus: int) -> None:
 
 def over_seeds(config: Config, home: Path, seeds: int, *, redo: bool, gpus: int) -> None:
     """The demo once per seed, then the table over seeds: images and seeds are both resampled."""
-    counts, accuracies = list[list[list[Counts]]](), list[dict[str, Any]]()
+    counts, trivial, accuracies = list[list[list[Counts]]](), list[Baselines](), list[dict[str, Any]]()
     summary: dict[str, Any] = {}
     for seed in range(seeds):
         settings = config.model_copy(update={"seed": config.seed + seed})
@@ -96,16 +102,59 @@ def over_seeds(config: Config, home: Path, seeds: int, *, redo: bool, gpus: int)
         run = Run.open(home / f"seed-{seed}", settings, create=False)
         summary, of_seed, _ = evaluate.score(run, _kept(run, settings), config.evaluate.data)
         counts.append(of_seed)
+        trivial.append(baselines(run))
         last = run.path / f"round-{ROUNDS[-1]}" / "qa" / "accuracy.json"
         accuracies += [json.loads(last.read_text(encoding="utf-8"))] if last.is_file() else []
     names = [one["name"] for one in summary["captioners"]]
     pooled = _pooled(names, counts, config.evaluate.bootstrap)
     data = f"{config.evaluate.data}, {seeds} seeds"
     pooled |= {"data": data, "images": summary["images"], "judge": summary["judge"]}
+    same = {name: [each[name] for each in trivial] for name in trivial[0] if all(name in x for x in trivial)}
+    pooled["baselines"] = [
+        {"name": name, "metrics": _json(metrics.evaluate_runs(of, resamples=config.evaluate.bootstrap))}
+        for name, of in same.items()
+    ]
     atomic_write_json(home / "evaluation.json", pooled)
     evaluate.print_table(pooled)
     _print_verifier(accuracies)
     print(f"table: {home / 'evaluation.json'}")
+
+
+def baselines(run: Run) -> Baselines:
+    """What needs no training: base and SFT without the kinds of statements that round 1's verifier distrusts.
+
+    Counts by name. What the rounds gain has to be seen beside this. Empty where no kind is distrusted.
+    """
+    config = run.config
+    decision = run.path / "round-1" / "verifier.json"
+    distrusted = json.loads(decision.read_text(encoding="utf-8"))["distrusted"] if decision.is_file() else {}
+    if not distrusted:
+        return {}
+    folder = resolve(config.evaluate.data, run)
+    images = read_folder(folder)
+    judge = evaluate.judge_of(config, folder, images)
+    found = {}
+    for entry in evaluate.run_entries(run, config)[:2]:
+        _, rows = evaluate.caption(run, entry, folder, images)
+        kept = [
+            row.model_copy(update={"caption": _without(row.caption, entry.prose, distrusted)})
+            for row in rows
+            if row.caption is not None
+        ]
+        name = f"{entry.name}, {' and '.join(sorted(distrusted))} statements deleted"
+        found[name] = judge.count(Said(name, kept))
+    return found
+
+
+def _without(caption: str, prose: bool, kinds: Collection[str]) -> str:
+    """A caption of a scene, in shorthand, without the statements of some kinds."""
+    statements = scenes.parse_prose(caption) if prose else split_statements(caption)
+    return ", ".join(text for text in statements if text and scenes.kind_of(text) not in kinds)
+
+
+def _scored(counts: Baselines, config: Config) -> list[dict[str, Any]]:
+    again = {"resamples": config.evaluate.bootstrap, "seed": config.seed}
+    return [{"name": name, "metrics": _json(metrics.evaluate(of, **again))} for name, of in counts.items()]
 
 
 def _kept(run: Run, config: Config) -> list[evaluate.Entry]:

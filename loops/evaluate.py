@@ -395,10 +395,10 @@ def print_table(summary: dict[str, Any]) -> None:
         f"{summary['data']}, {summary['images']} images, judge: {judge['kind']}; 95 % bootstrap intervals"
     )
     table = Table(title=images, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
-    table.add_column("Captioner", min_width=9, max_width=9)
+    table.add_column("Captioner", min_width=9, max_width=16)
     for label in COLUMNS.values():
         table.add_column(label, justify="right", no_wrap=True)
-    for one in summary["captioners"]:
+    for one in [*summary["captioners"], *summary.get("baselines", [])]:
         cells = (cell(name, one["metrics"][name], short=True) for name in COLUMNS)
         table.add_row(one["name"], *(f"{value}\n[dim]{span}[/dim]" for value, span in cells))
     out.print(table)

@@ -186,3 +186,21 @@ def test_demo_goes_on_after_a_refused_round(
 
 def test_demo_toml_is_a_config() -> None:
     assert configs.load(demo.TOML).model.path == "scenes-base"
+
+
+def test_the_table_shows_what_needs_no_training(made: Run) -> None:
+    """Deleting the kinds that the verifier distrusts is a row of its own, judged like the others."""
+    decision = made.path / "round-1" / "verifier.json"
+    decision.write_text(json.dumps({"distrusted": {"mark": "at chance"}}))
+    found = demo.baselines(made)
+    assert list(found) == ["base, mark statements deleted", "SFT, mark statements deleted"]
+    assert [len(rows) for rows in found.values()] == [4, 4]
+    scene = scenes.sample("test", 3)
+    prose, said = scenes.prose(scene, 3), scenes.shorthand(scene)
+    for text, is_prose in ((prose, True), (said, False)):
+        kept = demo._without(text, is_prose, {"mark", "relation"})
+        kinds = {scenes.kind_of(part) for part in kept.split(", ")}
+        assert kinds and not kinds & {"mark", "relation"}
+        assert scenes.judge(kept, scene).false == 0
+    decision.unlink()
+    assert demo.baselines(made) == {}

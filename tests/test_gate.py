@@ -11,6 +11,7 @@ import pytest
 
 from captioner.config import Config
 from captioner.errors import Refused
+from captioner.report.report import render_html
 from captioner.runs import Run
 from loops import cli, iterate, report
 from tests import photographs, tiny
