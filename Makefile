@@ -8,11 +8,11 @@ READY := .venv/.ready
 install: $(READY)
 
 $(READY): pyproject.toml constraints.txt
-	@test -x $(BIN)/python || for python in python3.11 python3 ; do \
-	  if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ; then \
+	@test -x $(BIN)/python || for python in python3.11 python3.12 python3.13 python3 ; do \
+	  if $$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null ; then \
 	    echo "$$python -m venv .venv" ; $$python -m venv .venv && break ; \
 	  fi ; \
-	done ; test -x $(BIN)/python || { echo 'captioner needs Python 3.11 or newer' >&2 ; exit 2 ; }
+	done ; test -x $(BIN)/python || { echo 'captioner needs Python 3.11, 3.12 or 3.13' >&2 ; exit 2 ; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,dev]'
 	@touch $(READY)
 

@@ -99,6 +99,9 @@ def seconds(captioner: Captioner, rows: int, tokens: int) -> float:
     fed = {
         "input_ids": torch.tensor([prompt.input_ids] * rows, device=device),
         "attention_mask": torch.ones(rows, len(prompt.input_ids), dtype=torch.long, device=device),
+        "mm_token_type_ids": torch.tensor([prompt.input_ids] * rows, device=device)
+        .eq(captioner.model.config.image_token_id)
+        .int(),
         "pixel_values": prompt.pixel_values.repeat(rows, 1).to(device, captioner.model.dtype),
         "image_grid_thw": prompt.image_grid_thw.repeat(rows, 1).to(device),
     }

@@ -5,7 +5,7 @@
 One random Qwen3-VL, the same images in six views, the same captions (a quarter of the prompt long), the same
 losses (sigmoid and sft), full fine-tuning with AdamW, float32 on a CPU and bfloat16 autocast on CUDA. TRL's
 trainer gets the six views as six images and transformers' own model (ours goes through
-`model.speed_up_vision`), and computes its reference from a second model in every step, as it does for images;
+`vision.speed_up`), and computes its reference from a second model in every step, as it does for images;
 ours computes it once before, which is counted in every step here, as if each pair were seen once.
 
 Each trainer has a process of its own. They take steps in turn, so what else the machine does meets both, and

@@ -114,8 +114,9 @@ class AdapterTuning(Section):
     """Numbers of the vision layers that get one, from 0 or, counted from the end, -1; None = all."""
     language_layers: tuple[int, ...] | None = Field(None, min_length=1)
     """Numbers of the language layers that get one, from 0 or, counted from the end, -1; None = all."""
-    placement: Literal["parallel", "sequential"] = "parallel"
-    """`parallel` fuses into a stock checkpoint; `sequential` is the classic kind and cannot be exported."""
+    placement: Literal["parallel", "sequential", "pfeiffer", "houlsby"] = "parallel"
+    """`parallel` fuses into a stock checkpoint. The others follow the feed-forward block, `houlsby` the
+    attention too, and cannot be exported; `pfeiffer` and `houlsby` need the extra `adapters`."""
 
 
 class LoraTuning(Section):

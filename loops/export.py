@@ -57,14 +57,14 @@ def export(
     Raises:
         RunError: something that is no checkpoint stands at `out`.
     """
-    from captioner.models import adapters, fuse, model, soft_prompt
+    from captioner.models import adapters, checkpoint, fuse, model, soft_prompt
 
     if multiple < 1:
         raise ConfigError(f"--multiple {multiple} must be at least 1")
     out = Path(out)
     _check_free(out, redo)
     source = _source(Run.open(run, config, create=False) if adapter is None else None, config)
-    dtype = config.model.dtype if config.model.dtype != "auto" else model.stored_dtype(source)
+    dtype = config.model.dtype if config.model.dtype != "auto" else checkpoint.stored_dtype(source)
     stored = {"path": str(source), "dtype": dtype, "device": "cpu", "load_in_4bit": False}
     captioner = model.load(config.model.model_copy(update=stored))
     name = None
@@ -131,8 +131,7 @@ def _prompts(captioner: Captioner, seed: int) -> list[Prompt]:
         picture = Image.fromarray(noise).resize((256, 192), Image.Resampling.BICUBIC)
         prompt = renderer.prompt(picture)
         said = renderer.branch_ids(None, VERIFIED_CAPTION)[0]
-        opened = len(renderer.branch_ids(None)[0])
-        found.append(replace(prompt, input_ids=prompt.input_ids[:-opened] + said))
+        found.append(replace(prompt, branch=said))
     return found
 
 

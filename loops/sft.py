@@ -2,7 +2,7 @@
 
 Teaches the base the style of the captions: adapters, LoRA or named parts and a soft prompt on a frozen base,
 or the whole model (``sft.tuning.type``). Writes sft/adapter (but for ``full``), sft/captioner (a stock
-checkpoint; not for sequential adapters) and sft/metrics.jsonl. ``--gpus N`` trains in N processes, as
+checkpoint; of adapters for parallel ones only) and sft/metrics.jsonl. ``--gpus N`` trains in N processes, as
 torchrun and accelerate launch do: with as many batches a step as one process with N times the accumulation.
 Of ``full`` each process then holds a part (``sft.tuning.shard``).
 """
@@ -94,8 +94,8 @@ def _train(config: Config, stage: Stage) -> None:
     if captioner.soft_prompt_ids:
         soft_prompt.save(captioner, stage.dir / "adapter")
     counts = {"images": len(images), "steps": training.steps}
-    if sft.tuning.type == "adapters" and sft.tuning.placement == "sequential":
-        print("sft: sequential adapters are no part of a stock checkpoint: there is no sft/captioner")
+    if sft.tuning.type == "adapters" and sft.tuning.placement != "parallel":
+        print(f"sft: {sft.tuning.placement} adapters are no part of a stock checkpoint: no sft/captioner")
     else:
         card: dict[str, Any] = {
             "Training": {"base": inputs["model"].name, "sft": sft.model_dump(mode="json")}

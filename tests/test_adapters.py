@@ -37,8 +37,10 @@ def inputs(captioner: Captioner, ids: list[int] | None = None, seed: int = 0) ->
     pads = [config.vision_start_token_id, *[config.image_token_id] * 16, config.vision_end_token_id]
     words = captioner.tokenizer.encode("northwest circle, northwest red") if ids is None else ids
     patches = torch.randn(128, 384, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    row = torch.tensor([pads * 2 + words])
     return {
-        "input_ids": torch.tensor([pads * 2 + words]),
+        "input_ids": row,
+        "mm_token_type_ids": (row == config.image_token_id).int(),
         "pixel_values": patches.to(captioner.model.dtype),
         "image_grid_thw": torch.tensor([[1, 8, 8]] * 2),
     }
@@ -146,7 +148,9 @@ def test_cache_masks_and_positions_work(placement: Placement) -> None:
     fed = inputs(captioner)
     whole = logits(captioner, fed)
     length = whole.shape[1]
-    positions, _ = captioner.model.model.get_rope_index(fed["input_ids"], fed["image_grid_thw"])
+    positions, _ = captioner.model.model.get_rope_index(
+        fed["input_ids"], fed["mm_token_type_ids"], fed["image_grid_thw"]
+    )
     mask = torch.ones(length, length, dtype=torch.bool).tril()[None, None]
     masked = logits(captioner, fed | {"attention_mask": mask, "position_ids": positions})
     torch.testing.assert_close(masked, whole, atol=1e-4, rtol=1e-4)

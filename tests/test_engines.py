@@ -65,6 +65,7 @@ def test_greedy_equals_generate(captioner: Captioner) -> None:
         generated = captioner.model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
+            mm_token_type_ids=(ids == ours.renderer.image_pad_id).int(),
             pixel_values=prompt.pixel_values,
             image_grid_thw=prompt.image_grid_thw,
             max_new_tokens=20,
@@ -135,9 +136,13 @@ def test_mean_logprob_is_that_of_the_forward_pass(qwen3: Captioner) -> None:
     for _ in range(candidate.tokens):
         with torch.no_grad():
             tokens = torch.tensor([ids])
-            mask = torch.ones_like(tokens)
+            mask, kinds = torch.ones_like(tokens), (tokens == renderer.image_pad_id).int()
             output = qwen3.model(
-                input_ids=tokens, attention_mask=mask, pixel_values=pixels, image_grid_thw=grid
+                input_ids=tokens,
+                attention_mask=mask,
+                mm_token_type_ids=kinds,
+                pixel_values=pixels,
+                image_grid_thw=grid,
             )
         logp = (output.logits[0, -1] + ours._bias).log_softmax(-1)
         ids.append(int(logp.argmax()))
@@ -149,9 +154,7 @@ def test_markup_soft_tokens_and_padding_are_never_said(tmp_path: Path) -> None:
     captioner = tiny_checkpoint(tmp_path, padding=5)  # five rows of the head that no token belongs to
     width = captioner.model.get_output_embeddings().weight.shape[0]
     words = captioner.tokenizer
-    words.add_special_tokens(
-        {"additional_special_tokens": [*words.additional_special_tokens, "<|soft_0|>", "<|soft_1|>"]}
-    )
+    words.add_tokens(["<|soft_0|>", "<|soft_1|>"], special_tokens=True)
     soft = words.convert_tokens_to_ids(["<|soft_0|>", "<|soft_1|>"])
     captioner.soft_prompt_ids = soft
     ours = engine(captioner)
@@ -280,9 +283,12 @@ def test_questions_together_equal_the_plain_forward_pass(captioner: Captioner) -
         for question, answer in zip(batch.questions, row, strict=True):
             ids = torch.tensor([renderer.prefix_ids(grid) + renderer.branch_ids(question)[0]])
             with torch.no_grad():
-                mask = torch.ones_like(ids)
                 output = captioner.model(
-                    input_ids=ids, attention_mask=mask, pixel_values=pixels, image_grid_thw=grid
+                    input_ids=ids,
+                    attention_mask=torch.ones_like(ids),
+                    mm_token_type_ids=(ids == renderer.image_pad_id).int(),
+                    pixel_values=pixels,
+                    image_grid_thw=grid,
                 )
             p = output.logits[0, -1].softmax(-1)
             mass_yes, mass_no = p[list(set(yes))].sum(), p[list(set(no))].sum()

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from captioner.config import Config, ModelConfig, ViewsConfig, load
 from captioner.errors import CheckpointError, ConfigError, RunError
-from captioner.models import adapters, fuse, model, soft_prompt
+from captioner.models import adapters, checkpoint, fuse, model, soft_prompt, stock
 from captioner.models.model import Captioner
 from loops import export, sft
 from tests.test_adapters import add, inputs, logits, shake
@@ -107,7 +107,7 @@ def test_config_names_the_new_widths(family: str, tmp_path: Path) -> None:
     captioner = adapted(family, torch.float32)
     fuse.export(captioner, tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["architectures"] == [model.stock_class(captioner.model)]
+    assert config["architectures"] == [stock.stock_class(captioner.model)]
     assert config["text_config"]["intermediate_size"] == 96 + 7
     vision = config["vision_config"]
     if family == "qwen2_vl":  # 144 + 5 units, as a whole number of times the encoder's width
@@ -296,7 +296,7 @@ def test_export_command_writes_the_runs_captioner(tmp_path: Path) -> None:
     fed = inputs(captioner, captioner.soft_prompt_ids)
     again = reload(tmp_path / "out", captioner)  # float64, as it was stored
     torch.testing.assert_close(logits(again, fed), logits(captioner, fed), atol=1e-12, rtol=1e-12)
-    assert model.stored_dtype(tmp_path / "out") == "float64"
+    assert checkpoint.stored_dtype(tmp_path / "out") == "float64"
 
 
 def test_export_command_verifies_and_tells_of_the_training(

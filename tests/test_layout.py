@@ -24,7 +24,7 @@ LEVELS = (
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS, 1) for name in names}
 DOORS = {
-    "adapters": {"captioner.models.adapters"},
+    "adapters": {"captioner.models.library_adapters"},
     "peft": {"captioner.models.adapters"},
     "trl": {"captioner.fit"},
     "datasets": {

@@ -11,7 +11,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from captioner.config import ModelConfig
 from captioner.errors import CheckpointError
-from captioner.models import model
+from captioner.models import checkpoint, model, stock
 from tests.tiny import VIEW_SIZE, architecture, tiny_captioner, tiny_checkpoint, tokenizer
 
 FAMILIES = list(model.FAMILIES)
@@ -26,11 +26,11 @@ def test_checkpoint_is_stock_and_loads_back(family: str, tmp_path: Path) -> None
     captioner = tiny_checkpoint(tmp_path, family)
     assert captioner.view_size == VIEW_SIZE and captioner.soft_prompt_ids == []
     assert json.loads((tmp_path / "config.json").read_text())["architectures"] == [
-        model.stock_class(captioner.model)
+        stock.stock_class(captioner.model)
     ]
-    stock = AutoModelForImageTextToText.from_pretrained(tmp_path, local_files_only=True)
+    plain = AutoModelForImageTextToText.from_pretrained(tmp_path, local_files_only=True)
     for (name, ours), theirs in zip(
-        captioner.model.state_dict().items(), stock.state_dict().values(), strict=True
+        captioner.model.state_dict().items(), plain.state_dict().values(), strict=True
     ):
         assert torch.equal(ours, theirs), name
     processor = AutoProcessor.from_pretrained(tmp_path, local_files_only=True)
@@ -45,7 +45,7 @@ def test_checkpoint_is_stock_and_loads_back(family: str, tmp_path: Path) -> None
     )
     fed = processor(text=[text], images=[image], return_tensors="pt")
     assert fed["image_grid_thw"].tolist() == [[1, 8, 8]]  # 64 px in patches of 8
-    assert stock(**fed).logits.shape == (1, fed["input_ids"].shape[1], len(tokenizer()))
+    assert plain(**fed).logits.shape == (1, fed["input_ids"].shape[1], len(tokenizer()))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -59,10 +59,10 @@ def test_fast_vision_equals_transformers(family: str, grids: list[list[int]], tm
     ).model.visual
     grid = torch.tensor(grids)
     results = []
-    for visual in (slow, fast, fast):  # the second time from the caches
+    for visual in (slow, fast, fast):  # the second time from the cache
         visual.zero_grad()
         outputs = visual(patches(grid), grid_thw=grid)
-        main, deep = outputs if isinstance(outputs, tuple) else (outputs, [])
+        main, deep = outputs.pooler_output, outputs.get("deepstack_features", [])
         (main.square().mean() + sum(x.square().mean() for x in deep)).backward()
         results.append([main, *deep, *(p.grad for p in visual.parameters())])
     for result in results[1:]:
@@ -110,7 +110,7 @@ def test_dtype_and_device_are_what_the_config_says(tmp_path: Path) -> None:
     captioner = model.load(ModelConfig(path=str(tmp_path), dtype="bfloat16", device="cpu"))
     assert captioner.model.dtype == torch.bfloat16 and captioner.device.type == "cpu"
     assert model.load(ModelConfig(path=str(tmp_path), device="cpu")).model.dtype == torch.float32
-    assert model.stored_dtype(tmp_path) == "float32"
+    assert checkpoint.stored_dtype(tmp_path) == "float32"
 
 
 def _no_directory(path: Path) -> None:
@@ -148,12 +148,12 @@ def _lacking_a_tensor(path: Path) -> None:
         (lambda path: (path / "preprocessor_config.json").unlink(), "preprocessor_config.json"),
         (lambda path: (path / "tokenizer_config.json").unlink(), "tokenizer_config.json"),
         (
-            lambda path: [(path / name).unlink() for name in ("tokenizer.json", "vocab.json")],
+            lambda path: [(path / name).unlink(missing_ok=True) for name in ("tokenizer.json", "vocab.json")],
             "tokenizer.json",
         ),
         (lambda path: (path / "tokenizer.json").write_text("{"), "tokenizer.json is no JSON"),
         (
-            lambda path: (path / "preprocessor_config.json").write_text('{"image_processor_type": "None"}'),
+            lambda path: (path / "preprocessor_config.json").write_text('{"patch_size": "two"}'),
             "processor does not",
         ),
         (lambda path: (path / "config.json").write_text("{"), "no JSON"),

@@ -22,7 +22,6 @@ from captioner.method import qa
 from captioner.method.qa import Answer
 from captioner.models.model import FAMILIES
 from loops import qa as loop
-from tests.test_train import compare_losses, logged
 from tests.tiny import tiny_checkpoint
 
 QUESTIONS = scenes.questions(scenes.sample("qa", 3), 3)
@@ -254,4 +253,3 @@ def test_qa_command(tmp_path: Path) -> None:
     assert manifest["counts"]["held_out_questions"] == scores["all"]["count"]
     assert manifest["metrics"]["temperature"] == calibration.temperature
     assert set(manifest["asked_again"]) == {"view", "wording"}
-    compare_losses("qa", logged(out))

@@ -201,7 +201,8 @@ def test_positions_equal_the_models_own(captioner: Captioner) -> None:
         prefix = renderer.prefix(grid, renderer.tags())
         branch = renderer.branch_ids(None)[0]
         ids = torch.tensor([prefix.ids + branch])
-        expected, delta = captioner.model.model.get_rope_index(ids, grid)
+        kinds = (ids == renderer.image_pad_id).int()
+        expected, delta = captioner.model.model.get_rope_index(ids, kinds, grid)
         assert torch.equal(prefix.positions, expected[:, 0, : len(prefix.ids)])
         assert (expected[:, 0, len(prefix.ids)] == prefix.next_position).all()
         assert prefix.next_position + len(branch) == ids.shape[1] + int(delta)
@@ -235,6 +236,7 @@ def test_one_branch_equals_ordinary_training(captioner: Captioner) -> None:
     real = batch["position_ids"].max(0).values > 0  # all but padding and the first token
     real[:, 0] = True
     plain["attention_mask"] = real.long()
+    plain["mm_token_type_ids"] = (batch["input_ids"] == renderer.image_pad_id).int()
     with torch.no_grad():
         ours, theirs = captioner.model(**batch), captioner.model(**plain)
     torch.testing.assert_close(ours.logits[real], theirs.logits[real], atol=1e-5, rtol=1e-5)

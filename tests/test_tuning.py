@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from captioner.config import (
     AdapterTuning,
@@ -17,13 +18,14 @@ from captioner.config import (
     PartsTuning,
     SoftPromptConfig,
     Tuning,
+    ViewsConfig,
     load,
 )
 from captioner.errors import CheckpointError, ConfigError, Refused
 from captioner.fit import train
 from captioner.models import adapters, fuse, model, soft_prompt
 from captioner.models.model import Captioner, describe_trainable
-from captioner.models.render import Prompt
+from captioner.models.render import Prompt, Renderer
 from loops.studies import _arms
 from loops.studies import tuning as study
 from loops.study import measure
@@ -162,8 +164,8 @@ def test_padded_widths_are_the_same_function(family: str, multiple: int, tmp_pat
 
 
 def prompts(captioner: Captioner) -> list[Prompt]:
-    one = fed(captioner)
-    return [Prompt(one["input_ids"][0].tolist(), one["pixel_values"], one["image_grid_thw"])]
+    renderer = Renderer(captioner, ViewsConfig())
+    return [renderer.prompt(Image.new("RGB", (128, 96), color)) for color in ("red", "gray")]
 
 
 def test_verified_export_says_how_far_it_is_and_refuses_what_differs(

@@ -55,7 +55,7 @@ def architecture(family: str, vocab_size: int) -> PretrainedConfig:
         return Qwen2VLConfig(
             text_config=text
             | dict(rope_scaling={"rope_type": "default", "type": "mrope", "mrope_section": [6, 5, 5]}),
-            vision_config=vision | dict(embed_dim=96, hidden_size=64, mlp_ratio=1.5),
+            vision_config=vision | dict(embed_dim=96, hidden_size=64, mlp_ratio=1),
             tie_word_embeddings=True,
         )
     if family == "qwen2_5_vl":

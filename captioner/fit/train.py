@@ -540,6 +540,7 @@ def _arguments(captioner: Captioner, training: TrainingConfig, out: Path) -> dic
             where, mend = "training.report_to", f"pip install {tracker}, or leave it out"
             raise ConfigError(f"{tracker} is not installed", where=where, mend=mend)
     os.environ.pop("ACCELERATE_MIXED_PRECISION", None)  # transformers leaves the last training's choice there
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(out / "logs")
     return {
         "output_dir": str(out / "checkpoints"),
         "max_steps": training.steps,
@@ -566,7 +567,6 @@ def _arguments(captioner: Captioner, training: TrainingConfig, out: Path) -> dic
         "dataloader_pin_memory": device == "cuda",
         "disable_tqdm": True,
         "report_to": list(training.report_to) or "none",
-        "logging_dir": str(out / "logs"),
         "trackio_space_id": None,  # nothing goes to a hub unasked
     }
 

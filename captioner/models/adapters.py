@@ -1,10 +1,13 @@
-"""What trains in a frozen base: adapters, LoRA, named parts. The only door to `adapters` and `peft`.
+"""What trains in a frozen base: adapters, LoRA, named parts. The only door to `peft`.
 
-A *parallel* adapter (He et al. 2021, arXiv 2110.04366) has the form of the block beside it, with ``width``
-inner units: together they are the same function as one wider block, which `fuse.export` writes. A
+A *parallel* adapter (He et al. 2021, arXiv 2110.04366) has the form of the feed-forward block beside it, with
+``width`` inner units: together they are the same function as one wider block, which `fuse.export` writes. A
 *sequential* adapter (Houlsby et al. 2019, arXiv 1902.00751) follows the block, has no such form and cannot
-be exported. LoRA (Hu et al. 2021, arXiv 2106.09685) and its kin are layers of `peft` in the place of linear
-layers of the stock model; nothing is wrapped around it, so positions and caches stay the model's own.
+be exported. Both are a module below the block and one forward hook on it, so whatever runs the block again
+(gradient checkpointing) or moves its parameters (DDP, FSDP) treats the adapter as a part of it. The kinds
+`pfeiffer` and `houlsby` come from the `adapters` library, see `library_adapters`. LoRA (Hu et al. 2021, arXiv
+2106.09685) and its kin are layers of `peft` in the place of linear layers of the stock model; nothing is
+wrapped around it, so positions and caches stay the model's own.
 
 Shapes: N tokens of any leading shape, D width of the tower, r inner units of the adapter.
 """
@@ -13,34 +16,31 @@ from __future__ import annotations
 
 import hashlib
 import json
-import types
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import adapters as library
 import peft
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
 
 from captioner.config import AdapterTuning, LoraTuning, ModelConfig, Part, PartsTuning
 from captioner.errors import CheckpointError, ConfigError
-from captioner.models import model, soft_prompt
-from captioner.models.model import Captioner, Mlp, SoftEmbedding
+from captioner.models import checkpoint, library_adapters, model, soft_prompt
+from captioner.models.families import Mlp
+from captioner.models.model import Captioner, SoftEmbedding
 from captioner.runs import atomic_write_json
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter.safetensors"
+LIBRARY_KINDS = ("pfeiffer", "houlsby")
 KINDS = {"adapters": AdapterTuning, "lora": LoraTuning, "parts": PartsTuning}
-# what `adapters` and `peft` hang into a tower
-_OURS = ("output_adapters.", "shared_parameters.", ".lora_", ".vera_")
+# what we, the `adapters` library and `peft` hang into a tower
+_OURS = (".bottleneck.", "attention_adapters.", "output_adapters.", "shared_parameters.", ".lora_", ".vera_")
 _WHOLE = 1 << 16  # values of a tensor that the fingerprint reads
 
 
@@ -82,6 +82,26 @@ class Outer(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input).to(self.out_dtype)
+
+
+class Bottleneck(nn.Module):
+    """The adapter of one feed-forward block: [N, D] → [N, D]."""
+
+    adapter_down: Inner
+    adapter_up: Outer
+
+    def __init__(self, inner: Inner, outer: Outer, parallel: bool):
+        super().__init__()
+        self.adapter_down, self.adapter_up, self.parallel = inner, outer, parallel
+
+    def forward(self, x: Tensor) -> Tensor:
+        added: Tensor = self.adapter_up(self.adapter_down(x))
+        return added
+
+
+def _add(block: Any, args: tuple[Tensor], output: Tensor) -> Tensor:
+    """The forward hook: block(x) + adapter(x), or y + adapter(y) with y = block(x)."""
+    return output + block.bottleneck(args[0] if block.bottleneck.parallel else output)
 
 
 def tune(
@@ -207,20 +227,20 @@ def delta(captioner: Captioner, name: str) -> list[Delta]:
     """The inner units each feed-forward block gains; the plan of `fuse.export`.
 
     Empty where no adapters but LoRA or parts were trained.
-    Raises ConfigError if there is no such adapter or it is sequential.
+    Raises ConfigError if there is no such adapter or it is not parallel.
     """
-    if describe(captioner, name).get("placement") == "sequential":
+    placement = describe(captioner, name).get("placement", "parallel")
+    if placement != "parallel":
         raise ConfigError(
-            "A sequential adapter cannot be exported: it is no part of a stock checkpoint.",
+            f"A {placement} adapter cannot be exported: a stock checkpoint has no block of its form.",
             where=str(captioner.path),
             mend='train with tuning.placement = "parallel", or caption with the hf engine',
         )
     plan = []
     for block, tower, unit in _units(captioner):
         mlp = getattr(captioner.family, f"{tower}_mlp")
-        parts = {part: unit.adapter_down.get_submodule(part) for part in mlp.inputs} | {
-            mlp.output: unit.adapter_up
-        }
+        parts: dict[str, Any] = {part: unit.adapter_down.get_submodule(part) for part in mlp.inputs}
+        parts[mlp.output] = unit.adapter_up
         weights = {part: linear.weight.detach() for part, linear in parts.items()}
         biases = {part: linear.bias.detach() for part, linear in parts.items() if linear.bias is not None}
         plan.append(Delta(block, mlp, weights, biases))
@@ -255,7 +275,7 @@ def merged(captioner: Captioner) -> dict[str, Tensor]:
 def unquantized(captioner: Captioner, name: str | None) -> Captioner:
     """The captioner on its base as it is stored, on the CPU; ``name`` is what was trained on 4 bits."""
     path = captioner.path
-    settings = ModelConfig(path=str(path), dtype=model.stored_dtype(path), device="cpu")
+    settings = ModelConfig(path=str(path), dtype=checkpoint.stored_dtype(path), device="cpu")
     whole = model.load(settings)
     with TemporaryDirectory() as folder:
         if name:
@@ -302,40 +322,29 @@ def _quantized(captioner: Captioner) -> bool:
 
 def _add_bottlenecks(captioner: Captioner, tuning: AdapterTuning, name: str) -> None:
     """The up-projections start at zero."""
-    sizes = {
-        "vision": (tuning.vision_width, tuning.vision_layers),
-        "language": (tuning.language_width, tuning.language_layers),
-    }
-    for tower, (width, numbers) in sizes.items():
-        if width:
-            _add_to_tower(captioner, tower, name, width, numbers, tuning.placement == "parallel")
-    captioner.model.gradient_checkpointing_enable = types.MethodType(_checkpointing, captioner.model)
+    for tower, layers in captioner.layers.items():
+        width: int = getattr(tuning, f"{tower}_width")
+        if not width:
+            continue
+        picked = _picked(getattr(tuning, f"{tower}_layers"), len(layers), tower)
+        if tuning.placement in LIBRARY_KINDS:
+            library_adapters.add(captioner, tower, name, width, picked, tuning.placement)
+            continue
+        mlp: Mlp = getattr(captioner.family, f"{tower}_mlp")
+        for number in picked:
+            block: Any = layers[number].get_submodule(captioner.family.mlp)
+            block.bottleneck = _bottleneck(captioner, block, mlp, width, tuning.placement == "parallel")
+            block.register_forward_hook(_add)
 
 
-def _add_to_tower(
-    captioner: Captioner, tower: str, name: str, width: int, numbers: Sequence[int] | None, parallel: bool
-) -> None:
-    family, layers = captioner.family, captioner.layers[tower]
-    picked = _picked(numbers, len(layers), tower)
-    model = captioner.visual if tower == "vision" else captioner.language_model
-    mlp: Mlp = getattr(family, f"{tower}_mlp")
-    _prepare(model, family.vision_layers if tower == "vision" else family.language_layers, family.mlp)
-    settings: dict[str, Any] = dict(mh_adapter=False, output_adapter=True, non_linearity="relu", scaling=1.0)
-    settings["reduction_factor"] = model.config.hidden_size / width  # the units are replaced below
-    settings["leave_out"] = [number for number in range(len(layers)) if number not in picked]
-    config = library.ParBnConfig(**settings) if parallel else library.BnConfig(**settings)
-    model.add_adapter(name, config=config)
-    for number in picked:
-        block = layers[number].get_submodule(family.mlp)
-        example: Any = block.get_submodule(mlp.output)  # inner → D
-        d, device = example.out_features, example.weight.device
-        names = mlp.inputs if parallel else mlp.inputs[:1]
-        unit: Any = layers[number].get_submodule(f"output_adapters.adapters.{name}")
-        unit.adapter_down = Inner(d, width, names, mlp.bias, getattr(block, mlp.activation))
-        unit.adapter_up = Outer(width, d, mlp.bias, captioner.model.dtype)
-        precise = torch.promote_types(captioner.model.dtype, torch.float32)
-        unit.to(device, precise).requires_grad_(True)
-    model.adapters_config.active_setup = library.composition.Stack(name)
+def _bottleneck(captioner: Captioner, block: Any, mlp: Mlp, width: int, parallel: bool) -> Bottleneck:
+    """A new adapter in at least float32, where the block's weights are."""
+    example: Any = block.get_submodule(mlp.output)  # inner → D; of 4-bit weights only this tells D
+    d, device = example.out_features, example.weight.device
+    names = mlp.inputs if parallel else mlp.inputs[:1]
+    inner = Inner(d, width, names, mlp.bias, getattr(block, mlp.activation))
+    unit = Bottleneck(inner, Outer(width, d, mlp.bias, captioner.model.dtype), parallel)
+    return unit.to(device, torch.promote_types(captioner.model.dtype, torch.float32)).train(block.training)
 
 
 def _picked(numbers: Sequence[int] | None, count: int, tower: str) -> list[int]:
@@ -391,64 +400,20 @@ def _add_lora(captioner: Captioner, tuning: LoraTuning, name: str, seed: int) ->
     captioner.model.train(captioner.model.training)
 
 
-def _prepare(model: PreTrainedModel, layers: str, mlp: str) -> None:
-    """Let `adapters` patch a tower: a hook keeps what the feed-forward block sees, one adds to its output.
-
-    ``base_model=""`` makes the tower its own base; attention is left alone.
-    """
-    if isinstance(model, library.ModelAdaptersMixin):
-        return
-    interface = library.AdapterModelInterface(
-        adapter_methods=["bottleneck"],
-        model_embeddings=next(name for name in ("embed_tokens", "patch_embed") if hasattr(model, name)),
-        model_layers=layers,
-        layer_self_attn=None,
-        layer_cross_attn=None,
-        attn_qkv_proj="",
-        attn_o_proj=None,
-        layer_intermediate_proj=mlp,
-        layer_output_proj=mlp,
-        layer_pre_ffn=mlp,
-        base_model="",
-    )
-    library.init(model, interface=interface)
-    # The library reads row lengths from a 2-D mask; ours may have four dimensions, and bottlenecks need none.
-    model.forward_context = types.MethodType(_forward_context, model)
-
-
-def _forward_context(self: Any, context: Any, *args: Any, **kwargs: Any) -> None:
-    type(self).forward_context(self, context)
-
-
-def _checkpointing(self: Any, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-    """As in transformers, and hooks find the library's context when a layer is run again."""
-    settings = (gradient_checkpointing_kwargs or {}) | {"use_reentrant": False}
-    type(self).gradient_checkpointing_enable(self, settings)
-
-    def run(layer: Any, *args: Any) -> Any:
-        context = library.ForwardContext.get_context()
-        contexts = (nullcontext(), context or nullcontext())
-        return checkpoint(layer, *args, context_fn=lambda: contexts, **settings)
-
-    for module in self.modules():
-        if hasattr(module, "_gradient_checkpointing_func"):
-            module._gradient_checkpointing_func = run
-
-
-def _units(captioner: Captioner) -> Iterator[tuple[str, str, Any]]:
+def _units(captioner: Captioner) -> Iterator[tuple[str, str, Bottleneck]]:
     """Every adapter unit: (name of the block in the model, tower, unit)."""
-    for tower, layers in captioner.layers.items():
-        for block, layer in zip(captioner.blocks[tower], layers, strict=True):
-            hung = getattr(layer, "output_adapters", None)
-            for unit in hung.adapters.values() if hung is not None else ():
+    for tower, blocks in captioner.blocks.items():
+        for block in blocks:
+            unit = getattr(captioner.model.get_submodule(block), "bottleneck", None)
+            if unit is not None:
                 yield block, tower, unit
 
 
 def _parameters(captioner: Captioner) -> dict[str, nn.Parameter]:
     """What trains beside the soft prompt; no name depends on the adapter's or on how units are nested."""
-    if captioner.tuning["type"] == "adapters":
-        units = {block: unit for block, _, unit in _units(captioner)}
-        return {f"{block}.{key}": p for block, unit in units.items() for key, p in unit.named_parameters()}
+    if captioner.tuning.get("placement") in ("parallel", "sequential"):
+        units = ((block, unit) for block, _, unit in _units(captioner))
+        return {f"{block}.{key}": p for block, unit in units for key, p in unit.named_parameters()}
     own = captioner.tuning["name"]
     return {
         ".".join(part for part in key.split(".") if part != own): p

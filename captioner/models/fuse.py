@@ -23,9 +23,10 @@ from transformers import AutoModelForImageTextToText, GenerationConfig, Pretrain
 
 from captioner.config import ModelConfig
 from captioner.errors import CheckpointError, Refused
-from captioner.models import adapters, model
+from captioner.models import adapters, model, stock
 from captioner.models.adapters import Delta
-from captioner.models.model import Captioner, Family, Mlp, SoftEmbedding, complete_config
+from captioner.models.families import Family, Mlp
+from captioner.models.model import Captioner, SoftEmbedding
 from captioner.models.render import Prompt
 from captioner.runs import atomic_dir
 
@@ -76,17 +77,16 @@ def export(
     _widen(config, captioner.family, _even(state, captioner, multiple))
     own = {"views": captioner.views.model_dump(mode="json"), **_add_soft_rows(captioner, config, state)}
     with torch.device("meta"):
-        stock = AutoModelForImageTextToText.from_config(config)
+        written = AutoModelForImageTextToText.from_config(config)
     try:
-        stock.load_state_dict(state, strict=True, assign=True)
+        written.load_state_dict(state, strict=True, assign=True)
     except RuntimeError as error:
         raise CheckpointError(f"The fused weights do not fit the architecture: {error}") from error
-    stock.tie_weights()
-    stock.generation_config = _generation_config(captioner)
+    written.tie_weights()
+    written.generation_config = _generation_config(captioner)
     with atomic_dir(out_dir) as folder:
-        stock.save_pretrained(folder)
-        complete_config(folder, stock, captioner=own)
-        captioner.processor.save_pretrained(folder)
+        stock.write_model(folder, written, captioner=own)
+        stock.write_processor(folder, captioner.processor)
         difference = compare(captioner, folder, prompts) if prompts else None
         text = model_card(captioner, card or {}, difference)
         (folder / "README.md").write_text(text, encoding="utf-8")
@@ -100,11 +100,11 @@ def compare(captioner: Captioner, folder: Path, prompts: Sequence[Prompt]) -> Di
     """
     name = str(captioner.model.dtype).removeprefix("torch.")
     settings = {"path": str(folder), "dtype": name, "device": captioner.device.type}
-    written = model.load(ModelConfig.model_validate(settings))
+    exported = model.load(ModelConfig.model_validate(settings))
     largest = scale = 0.0
     same = positions = 0
     for prompt in prompts:
-        expected, found = (_logits(one, prompt) for one in (captioner, written))
+        expected, found = (_logits(one, prompt) for one in (captioner, exported))
         largest = max(largest, float((found - expected).abs().max()))
         scale = max(scale, float(expected.abs().max()))
         same += int((found.argmax(-1) == expected.argmax(-1)).sum())
@@ -125,6 +125,7 @@ def _logits(captioner: Captioner, prompt: Prompt) -> Tensor:
     with torch.no_grad():
         made = captioner.model(
             input_ids=torch.tensor([prompt.input_ids], device=captioner.device),
+            position_ids=prompt.position_ids[:, None].to(captioner.device),
             pixel_values=prompt.pixel_values.to(captioner.device, captioner.model.dtype),
             image_grid_thw=prompt.image_grid_thw.to(captioner.device),
         )

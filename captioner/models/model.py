@@ -1,22 +1,19 @@
-"""Load a Qwen-VL family model and its processor; the table of families; build a random model.
+"""Load a Qwen-VL family model and its processor; build a random model.
 
-Shapes: B batch, V views, P patches of a view, N patches of all views, H heads, T tokens, D width.
-Knows nothing of training. Runs on transformers 4.57 and 5.
+Shapes: B batch, T tokens, k soft tokens, D width. Knows nothing of training. Runs on transformers 4.57 and 5.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
-import sys
-import types
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -34,6 +31,9 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from captioner.config import ModelConfig, ViewsConfig
 from captioner.errors import CheckpointError, ConfigError
+from captioner.models import stock, vision
+from captioner.models.checkpoint import Own, check_files, own_settings
+from captioner.models.families import FAMILIES, Family
 from captioner.runs import checkpoint_path
 
 DEFAULT_VIEW_SIZE = 448  # px; where the checkpoint fixes none
@@ -63,54 +63,6 @@ _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-
-
-@dataclass(frozen=True)
-class Mlp:
-    """Names inside a feed-forward block: rows of ``inputs`` and columns of ``output`` are its inner units."""
-
-    gated: bool  # down(act(gate x) * (up x)) or fc2(act(fc1 x))
-    bias: bool
-    inputs: tuple[str, ...]
-    output: str
-    activation: str  # attribute that holds the activation function
-
-
-@dataclass(frozen=True)
-class Family:
-    """Where the parts of one architecture are, as attribute paths of the model."""
-
-    name: str
-    vision_mlp: Mlp
-    language_mlp: Mlp
-    # config field of the encoder's width D, where its inner width is `mlp_ratio` times D, a whole number of
-    # times: transformers 5 reads no other; None: it is `intermediate_size`
-    ratio_of: str | None = None
-    visual: str = "model.visual"
-    language_model: str = "model.language_model"
-    vision_layers: str = "blocks"  # below ``visual``
-    language_layers: str = "layers"  # below ``language_model``
-    embedding: str = "embed_tokens"  # below ``language_model``
-    mergers: tuple[str, ...] = ("merger",)  # below ``visual``: what projects into the language model
-    mlp: str = "mlp"  # the feed-forward block's name in every layer of both towers
-
-
-_SWIGLU = Mlp(
-    gated=True, bias=False, inputs=("gate_proj", "up_proj"), output="down_proj", activation="act_fn"
-)
-_SWIGLU_BIAS = Mlp(
-    gated=True, bias=True, inputs=("gate_proj", "up_proj"), output="down_proj", activation="act_fn"
-)
-FAMILIES: dict[str, Family] = {
-    "qwen2_vl": Family("qwen2_vl", Mlp(False, True, ("fc1",), "fc2", "act"), _SWIGLU, ratio_of="embed_dim"),
-    "qwen2_5_vl": Family("qwen2_5_vl", _SWIGLU_BIAS, _SWIGLU),
-    "qwen3_vl": Family(
-        "qwen3_vl",
-        Mlp(False, True, ("linear_fc1",), "linear_fc2", "act_fn"),
-        _SWIGLU,
-        mergers=("merger", "deepstack_merger_list"),
-    ),
-}
 
 
 @dataclass
@@ -206,23 +158,22 @@ def load(
     if not isinstance(config, ModelConfig):
         config = ModelConfig(path=str(config))
     path = checkpoint_path(config.path)
-    settings = _check_files(path)
+    settings = check_files(path)
     device = _device(config.device)
     dtype = _dtype(config.dtype, device)
     processor = _processor(path)
     if init == "random":
-        architecture = AutoConfig.from_pretrained(path, local_files_only=True)
-        model = _random_model(architecture, seed, dtype).to(device)
+        model = _random_model(_architecture(path), seed, dtype).to(device)
     elif config.load_in_4bit:
         family = FAMILIES[settings["model_type"]]
         model = _pretrained_model(path, dtype, **_four_bits(family, dtype, device))
     else:
         model = _pretrained_model(path, dtype).to(device)
-    captioner = _captioner(model.eval(), processor, path, settings)
-    own = settings.get("captioner", {})
-    if "soft_prompt_ids" in own:
-        _strip_soft_rows(captioner, own["soft_prompt_ids"], own["base_vocab_size"])
-    speed_up_vision(captioner)
+    own = own_settings(settings, path)
+    captioner = _captioner(model.eval(), processor, path, settings, own)
+    if own.soft_prompt_ids:
+        _strip_soft_rows(captioner, own)
+    vision.speed_up(captioner.visual)
     return captioner
 
 
@@ -231,23 +182,17 @@ def load_frontend(path: Path) -> Captioner:
 
     As :func:`load`, but the model is on the meta device and its soft prompt still in the vocabulary.
     """
-    settings = _check_files(path)
+    settings = check_files(path, weights=False)
+    own = own_settings(settings, path)
+    architecture = _architecture(path)
+    architecture.quantization_config = None  # whoever serves the weights reads it
     with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(
-            AutoConfig.from_pretrained(path, local_files_only=True)
-        )
+        model = AutoModelForImageTextToText.from_config(architecture)
     if (path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
-    captioner = _captioner(model, _processor(path), path, settings)
-    captioner.soft_prompt_ids = list(settings.get("captioner", {}).get("soft_prompt_ids", []))
+    captioner = _captioner(model, _processor(path), path, settings, own)
+    captioner.soft_prompt_ids = list(own.soft_prompt_ids)
     return captioner
-
-
-def stored_dtype(path: Path) -> Literal["auto", "float32", "bfloat16", "float16", "float64"]:
-    """The number format a checkpoint is stored in; ``auto`` where config.json names none of ours."""
-    settings = _check_files(path)
-    name = settings.get("dtype", settings.get("torch_dtype"))
-    return name if name in ("float32", "bfloat16", "float16", "float64") else "auto"
 
 
 def describe_trainable(model: nn.Module) -> list[tuple[str, int, float]]:
@@ -266,59 +211,6 @@ def describe_trainable(model: nn.Module) -> list[tuple[str, int, float]]:
 
 
 # ── loading ──────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def _check_files(path: Path) -> dict[str, Any]:
-    """Refuse what cannot be loaded before anything heavy starts; returns config.json."""
-    where = str(path)
-    if not path.is_dir():
-        raise CheckpointError(
-            "There is no checkpoint directory.", where=where, mend="set --model.path to a directory"
-        )
-    if not (path / "config.json").is_file():
-        raise CheckpointError(
-            "The directory holds no config.json.", where=where, mend="name a checkpoint directory"
-        )
-    settings = _read_json(path / "config.json")
-    if settings.get("model_type") not in FAMILIES:
-        raise CheckpointError(
-            f"The architecture {settings.get('model_type')!r} is not supported.",
-            where=where,
-            mend="use a Qwen2-VL, Qwen2.5-VL or Qwen3-VL checkpoint (dense, not MoE)",
-        )
-    if not any((path / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")):
-        pickled = any(path.glob("*.bin")) or any(path.glob("*.pt"))
-        raise CheckpointError(
-            "The weights are pickled; loading them could run code."
-            if pickled
-            else "The directory holds no weights.",
-            where=where,
-            mend="convert them to safetensors (model.save_pretrained) in an environment you trust"
-            if pickled
-            else "copy model.safetensors there",
-        )
-    missing = [name for name in ("tokenizer_config.json",) if not (path / name).is_file()]
-    for names in (("preprocessor_config.json", "processor_config.json"), ("tokenizer.json", "vocab.json")):
-        if not any((path / name).is_file() for name in names):
-            missing.append(names[0])
-    if missing:
-        raise CheckpointError(
-            f"Processor files are missing: {', '.join(missing)}.",
-            where=where,
-            mend="copy them from the original checkpoint",
-        )
-    for file in path.glob("*.json"):
-        _read_json(file)
-    return settings
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return cast(dict[str, Any], json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as error:
-        raise CheckpointError(
-            f"{path.name} is no JSON: {error}", where=str(path), mend="copy the file again"
-        ) from error
 
 
 def _four_bits(family: Family, dtype: torch.dtype, device: str) -> dict[str, Any]:
@@ -346,7 +238,7 @@ def _four_bits(family: Family, dtype: torch.dtype, device: str) -> dict[str, Any
 
 
 def _captioner(
-    model: PreTrainedModel, processor: ProcessorMixin, path: Path, settings: dict[str, Any]
+    model: PreTrainedModel, processor: ProcessorMixin, path: Path, settings: dict[str, Any], own: Own
 ) -> Captioner:
     return Captioner(
         model=model,
@@ -355,18 +247,40 @@ def _captioner(
         family=FAMILIES[settings["model_type"]],
         path=path,
         view_size=_view_size(processor),
-        views=ViewsConfig.model_validate(settings.get("captioner", {}).get("views", {})),
+        views=own.views,
     )
+
+
+def _architecture(path: Path) -> PretrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
+        raise CheckpointError(
+            f"config.json does not fit its architecture: {_one_line(error)}",
+            where=str(path),
+            mend="copy it from the original checkpoint",
+        ) from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def _pretrained_model(path: Path, dtype: torch.dtype, **how: Any) -> PreTrainedModel:
     try:
         model, info = AutoModelForImageTextToText.from_pretrained(
-            path, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True, **how
+            path,
+            config=_architecture(path),
+            dtype=dtype,
+            attn_implementation="sdpa",
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+            **how,
         )
-    except (SafetensorError, RuntimeError, OSError) as error:
+    except (SafetensorError, RuntimeError, OSError, ValueError) as error:
         raise CheckpointError(
-            f"The weights do not load: {str(error).splitlines()[0]}",
+            f"The weights do not load: {_one_line(error)}",
             where=str(path),
             mend="copy the checkpoint again",
         ) from error
@@ -381,10 +295,17 @@ def _pretrained_model(path: Path, dtype: torch.dtype, **how: Any) -> PreTrainedM
 
 def _processor(path: Path) -> ProcessorMixin:
     try:
-        return AutoProcessor.from_pretrained(path, local_files_only=True, use_fast=True)
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        # transformers warns of a fault of Mistral's tokenizers at every large vocabulary, unless told off
+        processor = AutoProcessor.from_pretrained(path, local_files_only=True, fix_mistral_regex=False)
+        images = processor.image_processor
+        sizes = [images.size["shortest_edge"], images.size["longest_edge"]]
+        sizes += [images.patch_size, images.merge_size, images.temporal_patch_size]
+        if wrong := [size for size in sizes if not isinstance(size, int) or size < 1]:
+            raise ValueError(f"a size in pixels is {wrong[0]!r}")
+        return cast(ProcessorMixin, processor)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
-            f"The processor does not load: {str(error).splitlines()[0]}",
+            f"The processor does not load: {_one_line(error)}",
             where=str(path),
             mend="copy the tokenizer and processor files from the original checkpoint",
         ) from error
@@ -406,14 +327,20 @@ def _dtype(name: str, device: str) -> torch.dtype:
 
 def _view_size(processor: ProcessorMixin) -> int:
     """Side in px of the square that the processor's size fixes (least = most pixels), else 448."""
-    size = processor.image_processor.size
-    least, most = size["shortest_edge"], size["longest_edge"]
+    least, most = (processor.image_processor.size[edge] for edge in ("shortest_edge", "longest_edge"))
     return math.isqrt(most) if least == most else DEFAULT_VIEW_SIZE
 
 
-def _strip_soft_rows(captioner: Captioner, ids: list[int], base_vocab_size: int) -> None:
+def _strip_soft_rows(captioner: Captioner, own: Own) -> None:
     """Take the soft prompt's rows out of embedding and head; look them up from a frozen parameter instead."""
-    embedding = captioner.model.get_input_embeddings()
+    embedding, ids = captioner.model.get_input_embeddings(), own.soft_prompt_ids
+    base_vocab_size = own.base_vocab_size or embedding.num_embeddings
+    if ids != list(range(ids[0], ids[0] + len(ids))) or ids[-1] >= embedding.num_embeddings:
+        raise CheckpointError(
+            "The soft tokens that config.json names are no rows of the embedding.",
+            where=str(captioner.path),
+            mend="export the captioner again",
+        )
     rows = embedding.weight.detach()[ids].clone()
     if base_vocab_size < embedding.num_embeddings:
         captioner.model.resize_token_embeddings(base_vocab_size)
@@ -433,113 +360,6 @@ def embed_soft_rows(captioner: Captioner, first: int, rows: Tensor, *, trainable
     captioner.model.set_input_embeddings(embedding)
     captioner.soft_prompt_ids = list(range(first, first + len(rows)))
     return embedding
-
-
-# ── the vision tower, many views at once ─────────────────────────────────────────────────────────────────
-
-
-def speed_up_vision(captioner: Captioner) -> None:
-    """Make the encoder cheap for many views of equal size; the numbers stay those of transformers.
-
-    Views attend in one batched call instead of a Python loop over views; position tables are made once per
-    grid; the patch convolution, whose kernel equals its stride, is a matrix product.
-    """
-    visual = captioner.visual
-    for module in visual.modules():
-        if type(module).__name__.endswith(("VisionAttention", "VisionAttentionFast")):
-            _bind(module, "forward", _attention)
-    _bind(visual.get_submodule("patch_embed"), "forward", _patch_embed)
-    _bind(visual, "rot_pos_emb", _rotary)
-    if hasattr(visual, "fast_pos_embed_interpolate"):
-        _bind(visual, "fast_pos_embed_interpolate", _positions)
-
-
-def _bind(module: nn.Module, name: str, function: Callable[..., Any]) -> None:
-    setattr(module, name, types.MethodType(function, module))
-
-
-def _attention(self: Any, hidden_states: Tensor, cu_seqlens: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Attention of [N, D] inside each of the segments that ``cu_seqlens`` bounds."""
-    lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).tolist()
-    cos_sin = kwargs.get("position_embeddings")
-    if len(set(lengths)) != 1 or self.config._attn_implementation != "sdpa" or cos_sin is None:
-        return cast(Tensor, type(self).forward(self, hidden_states, cu_seqlens, *args, **kwargs))
-    rotate = sys.modules[type(self).__module__].apply_rotary_pos_emb_vision
-    n = hidden_states.shape[0]
-    query, key, value = self.qkv(hidden_states).reshape(n, 3, self.num_heads, -1).unbind(1)  # [N, H, D/H]
-    query, key = rotate(query, key, *cos_sin)
-    query, key, value = (
-        x.reshape(len(lengths), lengths[0], self.num_heads, -1).transpose(1, 2) for x in (query, key, value)
-    )
-    mixed = F.scaled_dot_product_attention(query, key, value, scale=self.scaling)  # [V, H, P, D/H]
-    return cast(Tensor, self.proj(mixed.transpose(1, 2).reshape(n, -1)))
-
-
-def _patch_embed(self: Any, hidden_states: Tensor) -> Tensor:
-    """[N, C] flat patches → [N, D]."""
-    weight = self.proj.weight
-    return F.linear(
-        hidden_states.to(weight.dtype).view(-1, weight[0].numel()), weight.flatten(1), self.proj.bias
-    )
-
-
-def _per_grid(grid_thw: Tensor, one: Callable[[tuple[int, ...]], Tensor]) -> Tensor:
-    """Concatenate ``one(grid)`` over the rows of ``grid_thw`` [V, 3]; each distinct grid is computed once."""
-    grids = [tuple(grid) for grid in grid_thw.tolist()]
-    distinct = {grid: one(grid) for grid in dict.fromkeys(grids)}
-    if len(distinct) == 1:
-        return distinct[grids[0]].repeat(len(grids), 1)
-    return torch.cat([distinct[grid] for grid in grids])
-
-
-def _cached(module: nn.Module, name: str, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
-    """A constant of the module per key; the table is small because views come in few sizes."""
-    table = module.__dict__.setdefault(name, {})
-    if key not in table:
-        if len(table) >= 256:
-            table.clear()
-        table[key] = make()
-    return table[key]
-
-
-def _rotary(self: Any, grid_thw: Tensor) -> Tensor:
-    """Rotary angles [N, D/H/2]: they depend on the grid alone."""
-    device = self.rotary_pos_emb.inv_freq.device
-
-    def one(grid: tuple[int, ...]) -> Tensor:
-        row = torch.tensor([grid], device=grid_thw.device)
-        make = lambda: type(self).rot_pos_emb(self, row)  # noqa: E731
-        return cast(Tensor, _cached(self, "_rotary_cache", (grid, device), make))
-
-    return _per_grid(grid_thw, one)
-
-
-def _positions(self: Any, grid_thw: Tensor) -> Tensor:
-    """Position embeddings [N, D], bilinear in the learned square table (Qwen3-VL)."""
-    weight = self.pos_embed.weight
-
-    def one(grid: tuple[int, ...]) -> Tensor:
-        t, h, w = grid
-        make = lambda: _corners(h, w, self.num_grid_per_side, self.config.spatial_merge_size, weight)  # noqa: E731
-        index, share = _cached(self, "_corner_cache", (h, w, weight.device, weight.dtype), make)
-        return (self.pos_embed(index) * share[..., None]).sum(0).repeat(t, 1)
-
-    return _per_grid(grid_thw, one)
-
-
-def _corners(h: int, w: int, side: int, merge: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of the table [4, h*w] that surround each patch and their shares [4, h*w], in merge-block order."""
-    y, x = torch.linspace(0, side - 1, h), torch.linspace(0, side - 1, w)
-    y0, x0 = y.int(), x.int()
-    y1, x1 = (y0 + 1).clip(max=side - 1), (x0 + 1).clip(max=side - 1)
-    dy, dx = (y - y0)[:, None], (x - x0)[None]
-    index = torch.stack([a[:, None] * side + b[None] for a in (y0, y1) for b in (x0, x1)])
-    share = torch.stack([(1 - dy) * (1 - dx), (1 - dy) * dx, dy * (1 - dx), dy * dx])
-
-    def order(table: Tensor) -> Tensor:
-        return table.view(4, h // merge, merge, w // merge, merge).transpose(2, 3).flatten(1)
-
-    return order(index).long().to(like.device), order(share).to(like)
 
 
 # ── building ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -592,7 +412,7 @@ def write_processor(
 
     Sizes in px; every image is resized to about ``view_size``² pixels, sides multiples of patch × merge.
     """
-    from transformers import Qwen2VLImageProcessorFast
+    from transformers import Qwen2VLImageProcessor
     from transformers.models.qwen2_5_vl import Qwen2_5_VLProcessor
     from transformers.models.qwen2_vl import Qwen2VLProcessor
     from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
@@ -613,12 +433,12 @@ def write_processor(
         image_std=[0.5] * 3,
     )
     processor = processor_kind(
-        image_processor=Qwen2VLImageProcessorFast(**shape),
+        image_processor=Qwen2VLImageProcessor(**shape),
         tokenizer=tokenizer,
         video_processor=video_kind(**shape),
         chat_template=CHAT_TEMPLATE,
     )
-    processor.save_pretrained(folder)
+    stock.write_processor(folder, processor)
 
 
 def build_random(
@@ -649,8 +469,7 @@ def build_random(
         eos_token_id=[ids["<|im_end|>"], ids["<|endoftext|>"]],
         pad_token_id=ids["<|endoftext|>"],
     )
-    model.save_pretrained(folder)
-    complete_config(folder, model)
+    stock.write_model(folder, model)
     vision = architecture.vision_config
     write_processor(
         folder,
@@ -662,31 +481,6 @@ def build_random(
     )
     settings = {"path": str(folder), "dtype": str(dtype).removeprefix("torch."), "device": "cpu"}
     return load(ModelConfig.model_validate(settings))
-
-
-def complete_config(folder: Path, model: PreTrainedModel, **extra: Any) -> None:
-    """Write at the top level of config.json what transformers 4.57 leaves in ``text_config`` for Qwen2-VL
-    and Qwen2.5-VL, and vLLM reads there: the class name and whether the embeddings are tied.
-
-    ``extra`` keys are added.
-    """
-    path = folder / "config.json"
-    settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    text = settings["text_config"]
-    text.pop("architectures", None)
-    settings["architectures"] = [stock_class(model)]
-    settings["tie_word_embeddings"] = bool(
-        text.get("tie_word_embeddings", settings.get("tie_word_embeddings"))
-    )
-    settings |= extra
-    path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def stock_class(model: PreTrainedModel) -> str:
-    """The class of transformers that the model is, whatever was wrapped around it."""
-    return next(
-        kind.__name__ for kind in type(model).__mro__ if kind.__module__.startswith("transformers.models.")
-    )
 
 
 def _random_model(architecture: PretrainedConfig, seed: int, dtype: torch.dtype) -> PreTrainedModel:

@@ -38,11 +38,23 @@ class Prefix:
 
 @dataclass
 class Prompt:
-    """One image rendered for the model."""
+    """One image and what follows it, rendered for the model."""
 
-    input_ids: list[int]
+    prefix: Prefix
+    branch: list[int]
     pixel_values: Tensor  # [P, C]
     image_grid_thw: Tensor  # [V, 3]
+
+    @property
+    def input_ids(self) -> list[int]:
+        return self.prefix.ids + self.branch
+
+    @property
+    def position_ids(self) -> Tensor:
+        """[3, T] long"""
+        return torch.cat(
+            [self.prefix.positions, _text_positions(self.prefix.next_position, len(self.branch))], 1
+        )
 
 
 @dataclass
@@ -246,9 +258,9 @@ class Renderer:
         return list(self.captioner.soft_prompt_ids) or self.text_ids(prompts.load("caption"))
 
     def prompt(self, image: Image.Image, text: str | None = None, whole_only: bool = False) -> Prompt:
-        """An image and an open prompt, ready for ``model.generate``."""
+        """An image and an open prompt."""
         pixel_values, grid = self.images(image, whole_only)
-        return Prompt(self.prefix_ids(grid, whole_only) + self.branch_ids(text)[0], pixel_values, grid)
+        return Prompt(self.prefix(grid, self.tags(whole_only)), self.branch_ids(text)[0], pixel_values, grid)
 
 
 def _text_positions(start: int, count: int) -> Tensor:
