@@ -32,7 +32,7 @@ def small(home: Path) -> dict[str, Any]:
     images of which nothing is known."""
     scenes.write("round", 6, home / "images")
     (home / "images" / "metadata.parquet").unlink()
-    tiny.tiny_checkpoint(home / "tiny")
+    tiny.tiny_checkpoint(home / "tiny", seed=1)
     return {
         "model": {"path": str(home / "tiny"), "device": "cpu"},
         "max_failed": 1.0,
