@@ -85,6 +85,7 @@ _FINITE = {
         else verb + ("es" if re.search(r"(?:s|sh|ch|x)$", verb) else "s"),
     )
 }
+_FINITE |= {"features": "with", "feature": "with"}
 _SINGULAR = frozenset(form for form in _FINITE if form not in _PARTICIPLES)
 _VERB = "|".join(sorted(_SINGULAR, key=len, reverse=True))
 _ANY_VERB = "|".join(sorted(_FINITE, key=len, reverse=True))
@@ -280,7 +281,7 @@ def _finite(clause: str) -> re.Match[str] | None:
     found = [
         m
         for m in found
-        if not re.search(rf"\b(?:with|of|in|on|and|an?|the|his|her|its|their)$", m["who"], re.IGNORECASE)
+        if not re.search(r"\b(?:with|of|in|on|and|an?|the|his|her|its|their)$", m["who"], re.IGNORECASE)
     ]
     return min(found, key=lambda match: len(match["who"]), default=None)
 
