@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Callable
 
 # A quotation opens where no word stands before it, so 12" and dogs' open none, and closes on the same line.
 _QUOTED = r"""(?<!\w)"[^"\n]*"|“[^”\n]*”|(?<!\w)'[^'\n]*'(?!\w)"""
@@ -97,3 +98,18 @@ def entails(statement: str, other: str) -> bool:
         return False
     rest = iter(words)
     return all(word in rest for word in wanted)
+
+
+def mask(text: str) -> tuple[str, Callable[[str], str]]:
+    """The text with one sign for each quotation, bracket, number and abbreviation in which nothing separates,
+    and what puts them back."""
+    kept: list[str] = []
+
+    def put(match: re.Match[str]) -> str:
+        if match.lastgroup != "protected":
+            return match[0]
+        kept.append(match[0])
+        return f"\x01{len(kept) - 1}\x02"
+
+    masked = _SPLIT.sub(put, text.replace("\x01", " ").replace("\x02", " "))
+    return masked, lambda part: re.sub("\x01(\\d+)\x02", lambda match: kept[int(match[1])], part)

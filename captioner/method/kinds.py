@@ -67,7 +67,14 @@ _WEAK_RELATION = re.compile(
 _ING = re.compile(
     r"\b(?!(?:" + "|".join(words.THINGS_IN_ING.split()) + r")s?\b)[a-z]{2,}ing\b", re.IGNORECASE
 )
-_NOT_STATE = re.compile(r"\b(?:full|open) of\b", re.IGNORECASE)
+# a thing that such a word follows is not the first part of another thing's name
+_BEHIND_A_THING = re.compile(
+    r"\w+ing|\w+ed|is|are|was|were|has|have|and|or|but|while|of|to|by|on|in|at|with|from|into|onto|over|under|near|"
+    r"next|behind|beside|below|beneath|above|between|around|along|across|through|against|inside|outside|toward|"
+    r"towards|that|which|who|whose|as|for|\w*(?:sit|stand|lie|hang|rest|hold|wear|ride|run|walk|show|cover|float|"
+    r"rise|read|play|look|eat|fly|jump|lead|fill|line|hold)s?",
+    re.IGNORECASE,
+)
 
 
 def kind_of(statement: str) -> str:
@@ -114,10 +121,38 @@ def swapped_words(statement: str, other: str) -> set[str]:
     return set(re.findall(r"[\w-]+", other.lower())) - set(re.findall(r"[\w-]+", statement.lower()))
 
 
+def named_objects(text: str) -> list[tuple[str, str]]:
+    """The things of the word lists that a text names: (the word it has, in the singular; its group's word).
+
+    Each once, in order. A noun that only tells what kind of thing another is ("train" of a train platform)
+    is none.
+    """
+    found: dict[str, str] = {}
+    for match in _known("object").finditer(text):
+        word = _singular(match[0].lower())
+        behind = re.match(r"\s+([\w-]+)", text[match.end() :])
+        before = re.search(r"([\w-]+)\s+$", text[: match.start()])
+        last = behind is None or bool(_BEHIND_A_THING.fullmatch(behind[1]))
+        if word in _FIRST["color"] and match[0].lower() == word:  # an orange, or orange clouds
+            last &= before is not None and before[1].lower() in ("an", "one", "the")
+        if last and word in _FIRST["object"]:
+            found.setdefault(word, _FIRST["object"][word])
+    return list(found.items())
+
+
 def objects(text: str) -> list[str]:
-    """The things of the word lists that a text names, as their family's first word, each once, in order."""
-    found = (_FIRST["object"].get(_singular(match[0].lower())) for match in _known("object").finditer(text))
-    return list(dict.fromkeys(name for name in found if name))
+    """The things that a text names, as their group's word, each once, in order; see named_objects."""
+    return list(dict.fromkeys(first for _, first in named_objects(text)))
+
+
+def first_of(word: str) -> str:
+    """The word that stands for all that mean the same as ``word``; itself where none is known."""
+    word = word.lower()
+    for kind in ("object", "color", "material", "size", "action", "scene", "style"):
+        one = _singular(word) if kind == "object" else word
+        if one in _FIRST[kind]:
+            return _FIRST[kind][one]
+    return word
 
 
 def all_objects() -> list[str]:
@@ -197,7 +232,7 @@ def _word_swaps(statement: str, kind: str) -> Iterator[str]:
 
 def _relation_swaps(statement: str) -> Iterator[str]:
     found = _unquoted(statement)
-    taken: list[tuple[int, int]] = []
+    taken = [match.span() for match in _WORN.finditer(found)]  # "in a red coat" is no place
     for pair in words.OPPOSITES:
         for said, other in (pair, pair[::-1]):
             for match in re.finditer(rf"(?<![\w-]){said}(?![\w-])", found, re.IGNORECASE):

@@ -24,18 +24,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from captioner import prompts
 from captioner.config import ToolConfig
 from captioner.engines import NoAnswer, TextRequest
+from captioner.method.shorthand import shorthand
 from captioner.runs import progress
-from captioner.statements import EDGES, comparable_statements, normalise, split_statements, visible
+from captioner.statements import comparable_statements, normalise, split_statements, visible
 
 KINSHIP = 4
-
-_LEAD_IN = re.compile(
-    r"^(?:(?:this|the|an?) )?(?:(?:image|picture|photo(?:graph)?|scene) "
-    r"(?:shows?|depicts?|features?|contains?|captures?|is of|of)|"
-    r"(?:in|at|on) (?:this|the) (?:image|picture|photo(?:graph)?|scene)|"
-    r"there (?:is|are)|we (?:can )?see|(?:you|one) can see)\b[,:]?\s*",
-    re.IGNORECASE,
-)
 
 # Coarse kinds, first match wins; a source of images that knows better passes its own function.
 _KINDS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
@@ -105,11 +98,10 @@ class Rules:
         """Nothing is held."""
 
     def reformulate(self, captions: Iterable[str]) -> Iterator[str | NoAnswer]:
-        """The checkable statements of each caption, once each, without phrases that lead in."""
+        """The checkable statements of each caption, see :func:`captioner.method.shorthand.shorthand`."""
         for caption in captions:
-            said = [_LEAD_IN.sub("", each).strip(EDGES) for each in split_statements(caption)]
-            kept = {normalise(each): each for each in reversed(said) if each and self.checkable(each)}
-            yield ", ".join(reversed(kept.values())) or NoAnswer("nothing in the caption can be seen")
+            kept = [statement for statement in shorthand(caption) if self.checkable(statement)]
+            yield ", ".join(kept) or NoAnswer("nothing in the caption can be seen")
 
     def merge(self, captions: Sequence[str]) -> list[Statement]:
         """The union of the captions' statements without near-duplicates, in their natural order.
