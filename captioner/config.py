@@ -399,6 +399,16 @@ class JudgeConfig(Section):
 
     facts: str | None = None
     """JSON Lines file with a complete list of facts per image; None = the facts that the images come with."""
+    checked: str | None = None
+    """JSON Lines file with people's answers about claims on these images, as `captioner review` writes it."""
+    checkpoint: str | None = None
+    """Verifier that judges (`captioner/` of a QA stage); never one that made a round's golden captions."""
+    train: bool = True
+    """Where nothing else tells, train a verifier for it: from the base, on half of the QA images."""
+    samples: int = Field(4, ge=1)
+    """Captions sampled per image and captioner for the verifier's pool of claims."""
+    false_pass: float = Field(0.5, ge=0, lt=1)
+    """Share of false new claims that the verifier is assumed to confirm, until people have checked enough."""
 
 
 class GateConfig(Section):

@@ -29,16 +29,17 @@ OURS = EntryPoint("scenes", "captioner.lab.grid:LABORATORY", GROUP)
 
 @dataclass
 class Judgement:
-    """How one caption compares with what is known of its image. Counts are of distinct statements."""
+    """How one caption compares with what is known of its image. Counts are of distinct statements;
+    expected counts where only probabilities are known."""
 
     statements: int  # all, repeated and unparsed ones included
     unparsed: int  # neither true nor false, as far as is known
     duplicates: int
-    true: int = 0
-    false: int = 0
-    facts: int = 0
-    recalled: int = 0
-    by_kind: dict[str, tuple[int, int]] = field(default_factory=dict)  # kind -> (true, false)
+    true: float = 0
+    false: float = 0
+    facts: float = 0
+    recalled: float = 0
+    by_kind: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # kind -> (true, false)
     # size of the object that a statement is about -> (true, all); about nothing that is there: none
     precision_by_size: dict[str, tuple[int, int]] = field(default_factory=dict)
     recall_by_kind: dict[str, tuple[int, int]] = field(default_factory=dict)  # kind -> (recalled, facts)

@@ -22,7 +22,9 @@ from rich.table import Table
 from captioner.config import Config
 from captioner.errors import Refused
 from captioner.judges import metrics
+from captioner.judges.appoint import known_facts
 from captioner.judges.base import Said
+from captioner.judges.facts import FactsJudge
 from captioner.judges.metrics import Counts
 from captioner.lab import grid as scenes
 from captioner.runs import Run, RunDir, atomic_write_json, console
@@ -132,7 +134,7 @@ def baselines(run: Run) -> Baselines:
         return {}
     folder = resolve(config.evaluate.data, run)
     images = read_folder(folder)
-    judge = evaluate.judge_of(config, folder, images)
+    judge = FactsJudge(known_facts(config, folder, images))
     found = {}
     for entry in evaluate.run_entries(run, config)[:2]:
         _, rows = evaluate.caption(run, entry, folder, images)

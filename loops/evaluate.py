@@ -25,13 +25,13 @@ from captioner import prompts
 from captioner.config import Config, SamplingConfig
 from captioner.engines import CaptionRequest, make_engine
 from captioner.errors import CheckpointError, ConfigError, DataError, Refused, RunError
-from captioner.judges import facts, metrics
-from captioner.judges.base import Comparison, Judge, NoJudge, Said
-from captioner.judges.facts import FactsJudge
+from captioner.judges import metrics
+from captioner.judges.appoint import Pool, appoint
+from captioner.judges.base import Comparison, Said
 from captioner.judges.metrics import Counts, Interval
-from captioner.laboratory import Facts
+from captioner.judges.verifier import pooled
 from captioner.method import qa
-from captioner.records import CaptionRow
+from captioner.records import Candidate, CaptionRow
 from captioner.report.report import cell
 from captioner.runs import (
     Run,
@@ -151,7 +151,7 @@ def evaluate_round(run: Run, number: int, *, redo: bool = False) -> Scores:
 
 def run_entries(run: Run, config: Config) -> list[Entry]:
     """The base, SFT and every round that has a captioner; a round that its gate refused says so."""
-    entries = [Entry("base", _existing(checkpoint_path(config.model.path)), prose=True)]
+    entries = [base_entry(config)]
     if run.captioner_dir(0).is_dir():
         entries.append(Entry("SFT", run.captioner_dir(0)))
     number = 1
@@ -163,6 +163,11 @@ def run_entries(run: Run, config: Config) -> list[Entry]:
         )
         number += 1
     return entries
+
+
+def base_entry(config: Config) -> Entry:
+    """The base, which is asked for prose."""
+    return Entry("base", _existing(checkpoint_path(config.model.path)), prose=True)
 
 
 def round_entries(run: Run, number: int) -> list[Entry]:
@@ -238,7 +243,7 @@ def score(run: Run, entries: Sequence[Entry], source: str, *, redo: bool = False
     resamples, seed = config.evaluate.bootstrap, config.seed
     made = [caption(run, entry, folder, images, redo=redo) for entry in entries]
     said = [Said(entry.name, rows, entry.prose) for entry, (_, rows) in zip(entries, made, strict=True)]
-    judge = judge_of(config, folder, images)
+    judge = appoint(run, folder, images, said, lambda: _pool(run, entries, folder, images))
     counts = [judge.count(each) for each in said]
     steps = [judge.compare(one, other, resamples=resamples, seed=seed) for one, other in pairwise(said)]
     captioners = []
@@ -257,10 +262,11 @@ def score(run: Run, entries: Sequence[Entry], source: str, *, redo: bool = False
         {"from": one.name, "to": other.name, "metrics": _json(step.difference)}
         for (one, other), step in zip(pairwise(entries), steps, strict=True)
     ]
+    notes = dict.fromkeys([*judge.notes, *(note for step in steps for note in step.notes)])
     summary = {
         "data": source,
         "images": len(images),
-        "judge": {"kind": judge.kind, "notes": list(judge.notes)},
+        "judge": {"kind": judge.kind, "notes": list(notes)},
         "captioners": captioners,
         "differences": differences,
     }
@@ -271,27 +277,31 @@ def _json(intervals: Mapping[str, Interval]) -> dict[str, Any]:
     return {name: interval.to_json() for name, interval in intervals.items()}
 
 
-def judge_of(config: Config, folder: Path, images: Sequence[ImageRow]) -> Judge:
-    """Who can tell what is true of these images: their facts where all have some, else nobody."""
-    settings = config.gate.judge
-    images = [row for row in images if not row.error]
-    if settings.facts is not None:
-        listed = facts.read_file(Path(settings.facts))
-        names = {row.key: row.path.relative_to(folder).as_posix() for row in images}
-        known: dict[str, Facts] = {key: listed[name] for key, name in names.items() if name in listed}
-    else:
-        told = {row.key: facts.read(row.facts) for row in images}
-        known = {key: each for key, each in told.items() if each is not None}
-    missing = facts.unknown([row.key for row in images], known)
-    if missing is not None:
-        return NoJudge(missing)
-    return FactsJudge(known)
+def _pool(run: Run, entries: Sequence[Entry], folder: Path, images: Sequence[ImageRow]) -> Pool:
+    """The claims that recall is taken over: of samples of the base and of every captioner."""
+    base = base_entry(run.config)
+    captioners = {hash_path(entry.checkpoint): entry for entry in (base, *entries)}
+    count = run.config.gate.judge.samples
+    drawn = [
+        Said(entry.name, caption(run, entry, folder, images, samples=count)[1], entry.prose)
+        for entry in captioners.values()
+    ]
+    return pooled(drawn)
 
 
 def caption(
-    run: Run, entry: Entry, folder: Path, images: Sequence[ImageRow], *, redo: bool = False
+    run: Run,
+    entry: Entry,
+    folder: Path,
+    images: Sequence[ImageRow],
+    *,
+    redo: bool = False,
+    samples: int = 0,
 ) -> tuple[Path, list[CaptionRow]]:
-    """Greedy captions of images of a folder, made once: their directory, and one row per image in order."""
+    """Captions of images of a folder, made once: their directory, and one row per image in order.
+
+    Greedy ones, or so many ``samples`` of each image, which stand together.
+    """
     if not images:
         raise DataError("no images to caption", where=str(folder))
     config = run.config
@@ -302,6 +312,8 @@ def caption(
         "prompt": prompts.prompt_hash("describe" if entry.prose else "caption"),
         "keys": hashlib.sha256("\n".join(row.key for row in images).encode()).hexdigest(),
     }
+    if samples:
+        section |= {"samples": samples, "seed": config.seed}
     made_by = hash_path(entry.checkpoint)
     made_of = {**section, "captioner": made_by, "data": hash_path(folder)}
     name = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:12]
@@ -309,7 +321,7 @@ def caption(
     stage = run.stage(f"evaluation/{name}", section, inputs, redo=redo)
     shards = Shards(stage.dir, CaptionRow)
     if not stage.done:
-        _fill(config, entry, images, shards, made_by, name)
+        _fill(config, entry, images, shards, made_by, name, samples)
     rows = shards.read_all()
     failed = sum(row.error is not None for row in rows)
     if failed > config.max_failed * len(rows):
@@ -331,6 +343,7 @@ def _fill(
     shards: Shards[CaptionRow],
     model_hash: str,
     name: str,
+    samples: int,
 ) -> None:
     """Write every missing shard."""
     starts = [s for s in range(0, len(images), SHARD_ROWS) if not shards.has(s // SHARD_ROWS)]
@@ -338,31 +351,37 @@ def _fill(
         return
     prompt = prompts.load("describe") if entry.prose else None
     engine = make_engine(entry.checkpoint, config, prompt)
-    greedy = SamplingConfig(temperature=0.0, max_tokens=config.evaluate.max_tokens)
+    temperature = 1.0 if samples else 0.0
+    sampling = SamplingConfig(
+        temperature=temperature, max_tokens=config.evaluate.max_tokens, seed=config.seed
+    )
     try:
         with progress(f"captions by {entry.name}", len(starts) * SHARD_ROWS) as bar:
             for start in starts:
                 reader = _Reader(images[start : start + SHARD_ROWS], bar.advance)
-                said = {c.key: c for [c] in engine.sample(reader.requests(), 1, greedy)}
+                said = {own[0].key: own for own in engine.sample(reader.requests(), samples or 1, sampling)}
                 rows = []
                 for row in reader.images:
-                    made = said.get(row.key)
-                    error = reader.errors.get(row.key) or (made.error if made else None)
-                    rows.append(
-                        CaptionRow(
-                            id=made.sample if made else "",
-                            key=row.key,
-                            caption=made.text if made and not error else None,
-                            finish_reason=made.finish_reason if made else None,
-                            tokens=made.tokens if made else None,
-                            model=model_hash,
-                            config=name,
-                            error=error,
-                        )
-                    )
+                    error = reader.errors.get(row.key)
+                    made = said.get(row.key, [None] * (samples or 1))
+                    rows += [_row(row.key, each, error, model_hash, name) for each in made]
                 shards.write(start // SHARD_ROWS, rows)
     finally:
         engine.close()
+
+
+def _row(key: str, made: Candidate | None, error: str | None, model: str, name: str) -> CaptionRow:
+    error = error or (made.error if made else None)
+    return CaptionRow(
+        id=made.sample if made else "",
+        key=key,
+        caption=made.text if made and not error else None,
+        finish_reason=made.finish_reason if made else None,
+        tokens=made.tokens if made else None,
+        model=model,
+        config=name,
+        error=error,
+    )
 
 
 @dataclass

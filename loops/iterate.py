@@ -17,6 +17,7 @@ from typing import Any
 
 from captioner.config import Config
 from captioner.errors import ConfigError, Refused, RunError
+from captioner.judges import asking
 from captioner.judges.gate import Decision, decide
 from captioner.runs import Run, RunDir, atomic_write_json
 from loops import dpo, evaluate, golden, qa
@@ -98,6 +99,8 @@ def run_round(
 
 def gate(run: Run, number: int, *, accept_unjudged: bool = False) -> None:
     """Compare the captioner of a round with its start; write gate.json. Raises Refused if it may not stay."""
+    if asking.trained(run.config) and not accept_unjudged:
+        qa.judge(run)
     summary, _, [step] = evaluate.evaluate_round(run, number)
     decision = decide(step, run.config.gate, accept_unjudged=accept_unjudged)
     _record(run, number, summary, decision)
@@ -118,8 +121,9 @@ def _mend(number: int, decision: Decision, start: str) -> str:
     stays = f"the captioner stays {start}"
     if decision.unjudged:
         return (
-            f"{stays}; a list of the facts of each image would decide (gate.judge.facts FILE.jsonl), or look "
-            f"at what both say in `captioner report` and take the round on your own word: "
+            f"{stays}; a list of the facts of each image (gate.judge.facts FILE.jsonl), people's answers "
+            f"(gate.judge.checked) or a verifier (gate.judge.checkpoint, or gate.judge.train) would decide; "
+            f"or look at what both say in `captioner report` and take the round on your own word: "
             f"captioner iterate --round {number} --accept-unjudged"
         )
     return f"{stays}; more images, other thresholds or a gentler dpo section with --redo may mend the round"

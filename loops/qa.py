@@ -12,15 +12,16 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from captioner.config import AdapterTuning, Config, QAConfig
 from captioner.errors import DataError
 from captioner.fit import distributed
 from captioner.fit.rows import usable
+from captioner.judges import asking
 from captioner.method import golden
 from captioner.method import qa as method
-from captioner.runs import Run, RunDir, Stage, atomic_write_json, is_main
+from captioner.runs import Run, RunDir, Stage, atomic_write_json, checkpoint_path, is_main
 from captioner.sources import questions
 from captioner.sources.folder import ImageRow
 from captioner.views import View, load_image
@@ -36,9 +37,13 @@ ENOUGH = 20  # questions that asking again must decide before it is believed
 def plan(run: Run, round: int) -> list[StagePlan]:
     """What the stage reads, is made with and writes."""
     config = run.config
-    section = {"qa": config.qa, "views": config.views, "dtype": config.model.dtype}
     inputs: dict[str, Path | str] = {"captioner": run.current_captioner(round), "data": config.qa.data}
-    return [StagePlan(f"round-{round}/qa", inputs, section)]
+    return [StagePlan(f"round-{round}/qa", inputs, _section(config))]
+
+
+def _section(config: Config) -> dict[str, Any]:
+    section: dict[str, Any] = {"qa": config.qa, "views": config.views, "dtype": config.model.dtype}
+    return section | ({"half": True} if asking.trained(config) else {})
 
 
 def qa(run: RunDir, config: Config, round: int = 1, *, redo: bool = False, gpus: int = 1) -> Path:
@@ -61,16 +66,29 @@ def qa(run: RunDir, config: Config, round: int = 1, *, redo: bool = False, gpus:
     if stage.done:
         print(f"qa was done before: {stage.dir}")
         return stage.dir
-    _make(config, stage, round)
+    _make(config, stage, f"round {round}")
     return stage.dir
 
 
-def _make(config: Config, stage: Stage, round: int) -> None:
+def judge(run: Run) -> None:
+    """Train the verifier that judges at the gates of this run, once: from the base, on the half of the QA
+    images that no round's verifier sees."""
+    inputs: dict[str, Path | str] = {
+        "captioner": checkpoint_path(run.config.model.path),
+        "data": run.config.qa.data,
+    }
+    stage = begin(run, StagePlan(asking.HOME, inputs, _section(run.config)))
+    if not stage.done:
+        _make(run.config, stage, "the judge")
+
+
+def _make(config: Config, stage: Stage, what: str) -> None:
     """Train the verifier, measure it and finish the stage."""
     start, data = stage.inputs["captioner"], stage.inputs["data"]
     seed = config.seed + config.qa.training.seed
     rows, read = read_rows(data, config, seed)
     rows = usable(rows, lambda row: None, stage.dir, config, [])
+    rows = share_of(config, rows, judge=stage.name == asking.HOME)
     learned, held = method.split([row.key for row in rows], config.qa.holdout, seed)
     verifier = stage.dir / "captioner"
     metrics = (
@@ -97,10 +115,18 @@ def _make(config: Config, stage: Stage, round: int) -> None:
         told = f"decides {one['decided']} of {one['asked']} undecided, {one['right']:.0%} rightly"
         print(f"asking again by {way} {told}: {'used' if way in calibration.reask else 'not used'}")
     print(
-        f"round {round}: verifier trained on {len(learned)} images, accuracy {overall.accuracy:.3f} "
+        f"{what}: verifier trained on {len(learned)} images, accuracy {overall.accuracy:.3f} "
         f"(blind {overall.blind:.3f}) on {overall.count} questions of {len(held)} others: "
         f"{stage.dir}"
     )
+
+
+def share_of(config: Config, rows: Sequence[ImageRow], *, judge: bool) -> list[ImageRow]:
+    """The images that a round's verifier, or the judge of the gate, may learn from: no image serves both."""
+    if not asking.trained(config):
+        return list(rows)
+    halves = method.split([row.key for row in rows], 0.5, config.seed)
+    return [rows[index] for index in halves[judge]]
 
 
 def train_verifier(config: Config, start: Path, rows: Sequence[ImageRow], out: Path) -> dict[str, float]:

@@ -17,6 +17,7 @@ from typing import Any
 
 from captioner.config import Config
 from captioner.errors import ConfigError, DataError, RunError
+from captioner.judges import checked
 from captioner.records import Claim
 from captioner.report import review as reviewing
 from captioner.runs import Run, RunDir, Shards, atomic_write_json, input_of
@@ -95,12 +96,12 @@ def review_claims(run: Run, round: int, *, count: int = 200, kind: str | None = 
     items = reviewing.choose(rows, count, run.config.seed)
     images = {row.key: row.path for row in read_folder(folder, captions=False)}
     path, limit = answers_path(run.path, round), run.config.golden.min_kind_accuracy
-    answers = reviewing.Answers(path)
+    answers = checked.Answers(path)
     try:
         serve(lambda token: claims_app(items, answers, images, limit, token), port)
     finally:
         answers.close()
-    found = reviewing.agreements(reviewing.read_checked(path), limit)
+    found = reviewing.agreements(checked.read_checked(path), limit)
     atomic_write_json(path.with_suffix(".json"), {"limit": limit, "kinds": [asdict(row) for row in found]})
     for row in found:
         share = f"{row.agree}/{row.asked} ({row.low:.2f} to {row.high:.2f})"
@@ -128,7 +129,7 @@ def review_pairs(
     folder = resolve(source or run.config.evaluate.data, run)
     images = {row.key: row.path for row in read_folder(folder, captions=False)}
     path = answers_path(run.path, 0, (first, second))
-    answers = reviewing.Answers(path)
+    answers = checked.Answers(path)
     try:
         serve(lambda token: pairs_app(items, answers, images, token), port)
     finally:

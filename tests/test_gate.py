@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from captioner.config import Config
-from captioner.errors import Refused
+from captioner.errors import ConfigError, Refused
+from captioner.judges import facts as facts_judge
 from captioner.report.report import render_html
 from captioner.runs import Run
 from loops import cli, iterate, report
@@ -24,7 +26,7 @@ Setting = Callable[..., tuple[Run, Vllm]]
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     home = tmp_path_factory.mktemp("checkpoints")
-    for seed, name in enumerate(("start", "made", "verifier")):
+    for seed, name in enumerate(("base", "start", "made", "verifier")):
         tiny.tiny_checkpoint(home / name, seed=seed)
     return {path.name: path for path in sorted(home.iterdir())}
 
@@ -42,14 +44,18 @@ def setting(tmp_path: Path, checkpoints: dict[str, Path], images: dict[str, Path
     def make(
         before: Callable[[str], list[str]], after: Callable[[str], list[str]], **judge: str
     ) -> tuple[Run, Vllm]:
-        say = {"start": before, "made": after}
+        say = {"base": lambda key: [f"There is a {facts(key)[0]}."], "start": before, "made": after}
         servers.append(Vllm(checkpoints, images, lambda name, key: ", ".join(say[name](key))))
         run_dir = tmp_path / "run"
         config = Config.model_validate(
             {
-                "model": {"path": str(checkpoints["start"]), "device": "cpu"},
+                "model": {"path": str(checkpoints["base"]), "device": "cpu"},
                 "engine": {"type": "server", "urls": [servers[-1].url], "in_flight": 4},
-                "gate": {"data": str(images["coffee"].parent), "judge": judge, "max_length_ratio": 4.0},
+                "gate": {
+                    "data": str(images["coffee"].parent),
+                    "judge": {"train": False, **judge},
+                    "max_length_ratio": 4.0,
+                },
                 "evaluate": {"bootstrap": 500, "max_tokens": 400},
             }
         )
@@ -159,3 +165,70 @@ def test_the_flag_reaches_the_gate(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for words in ([], ["--accept-unjudged"]):
         assert cli.main(["iterate", "--run", str(tmp_path / "run"), *words]) == 0
     assert seen == [False, True]
+
+
+# ---------------------------------------------------------------- with a verifier that errs
+
+
+@pytest.fixture
+def judge(tmp_path: Path, checkpoints: dict[str, Path]) -> Path:
+    """A verifier as a QA stage leaves it: its checkpoint, and how well it answers held-out questions."""
+    stage = tmp_path / "judge"
+    shutil.copytree(checkpoints["verifier"], stage / "captioner")
+    (stage / "calibration.json").write_text('{"temperature": 1.0, "keep": 0.5, "drop": 0.5}')
+    (stage / "accuracy.json").write_text('{"all": {"accuracy": 0.93, "count": 400, "recall": 0.95}}')
+    return stage / "captioner"
+
+
+def erring(missed: float, false_pass: float) -> Callable[[str, str, str], float]:
+    """A verifier that errs at these rates, the same way each time."""
+    listed = facts_judge.read_file(photographs.FILE)
+    lists = {Path(name).stem: each for name, each in listed.items()}
+
+    def p_yes(name: str, key: str, question: str) -> float:
+        assert name == "verifier"
+        text = question.removeprefix("Visible: ").removesuffix("?")
+        holds, draw = bool(lists[key].holds(text)), random.Random(f"{key} {text}").random()
+        return 0.95 if draw >= (missed if holds else 1 - false_pass) else 0.05
+
+    return p_yes
+
+
+@pytest.mark.parametrize(
+    ("after", "promoted"), [(better, True), (nonsense, False), (talkative, False), (half_wrong, False)]
+)
+def test_a_verifier_decides(
+    setting: Setting,
+    judge: Path,
+    after: Callable[[str], list[str]],
+    promoted: bool,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run, server = setting(half_wrong, after, checkpoint=str(judge), samples="1")
+    server.p_yes = erring(missed=0.05, false_pass=0.1)
+    if promoted:
+        iterate.gate(run, 1)
+    else:
+        with pytest.raises(Refused, match="the gate refused round 1"):
+            iterate.gate(run, 1)
+    gate = json.loads((run.path / "round-1" / "gate.json").read_text())
+    assert (gate["promoted"], gate["judge"], gate["unjudged"]) == (promoted, "verifier", False)
+    assert any("accuracy 0.930 on 400 held-out questions" in note for note in gate["notes"])
+    assert "judge: verifier" in capsys.readouterr().out
+
+
+def test_a_verifier_is_asked_once(setting: Setting, judge: Path) -> None:
+    run, server = setting(half_wrong, better, checkpoint=str(judge), samples="1")
+    server.p_yes = erring(missed=0.05, false_pass=0.1)
+    iterate.gate(run, 1)
+    first, asked = (run.path / "round-1" / "gate.json").read_text(), len(server.requests)
+    iterate.gate(run, 1)
+    assert (run.path / "round-1" / "gate.json").read_text() == first
+    assert len(server.requests) == asked
+
+
+def test_nobody_judges_what_he_has_taught(setting: Setting, judge: Path) -> None:
+    run, _ = setting(half_wrong, better, checkpoint=str(judge))
+    shutil.copytree(judge, run.path / "round-1" / "qa" / "captioner")
+    with pytest.raises(ConfigError, match="made golden captions"):
+        iterate.gate(run, 1)

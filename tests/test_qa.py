@@ -253,3 +253,47 @@ def test_qa_command(tmp_path: Path) -> None:
     assert manifest["counts"]["held_out_questions"] == scores["all"]["count"]
     assert manifest["metrics"]["temperature"] == calibration.temperature
     assert set(manifest["asked_again"]) == {"view", "wording"}
+
+
+def test_the_judge_learns_from_the_base_and_from_other_images(tmp_path: Path) -> None:
+    """Where nothing else tells what is true at the gate, the QA images are halved: no image serves both."""
+    from captioner.judges import asking
+    from captioner.runs import Run
+
+    scenes.write("validation", 2, tmp_path / "gate")
+    (tmp_path / "gate" / "metadata.parquet").unlink()
+    tiny_checkpoint(tmp_path / "base", seed=3)
+    training = TrainingConfig(steps=2, batch_size=2, save_steps=2, log_steps=1)
+    config = Config.model_validate(
+        {
+            "model": {"path": str(tmp_path / "base"), "device": "cpu"},
+            "qa": {
+                "data": "scenes:qa:8",
+                "questions_per_image": 4,
+                "language_width": 4,
+                "training": training,
+            },
+            "gate": {"data": str(tmp_path / "gate")},
+        }
+    )
+    run = Run.open(tmp_path / "run", config)
+    tiny_checkpoint(run.path / "sft" / "captioner")
+    assert asking.trained(config) and asking.checkpoint_of(run) is None
+    loop.judge(run)
+    judge = asking.checkpoint_of(run)
+    assert judge == run.path / "judge" / "captioner"
+    about = json.loads((run.path / "judge" / "stage.json").read_text())
+    assert about["counts"]["images"] + about["counts"]["held_out_images"] == 4
+    assert (run.path / "judge" / about["input_paths"]["captioner"]).resolve() == tmp_path / "base"
+    temperature, passes, [note] = asking.measured(judge)
+    assert temperature > 0 and "all" in passes and "held-out questions" in note
+    stamp = (run.path / "judge" / "stage.json").stat().st_mtime_ns
+    loop.judge(run)  # once per run
+    assert (run.path / "judge" / "stage.json").stat().st_mtime_ns == stamp
+
+    rows, _ = loop.read_rows(tmp_path / "run" / "data" / "qa-8-0", config, 0)
+    taught, judging = (loop.share_of(config, rows, judge=side) for side in (False, True))
+    assert {row.key for row in taught} | {row.key for row in judging} == {row.key for row in rows}
+    assert not {row.key for row in taught} & {row.key for row in judging}
+    told = config.model_copy(update={"gate": config.gate.model_copy(update={"data": "scenes:validation:2"})})
+    assert loop.share_of(told, rows, judge=False) == rows  # the scenes' facts tell: nothing is halved

@@ -19,6 +19,7 @@ from statsmodels.stats.proportion import proportion_confint
 
 from captioner.config import Config
 from captioner.errors import ConfigError, DataError, RunError
+from captioner.judges import checked as judged
 from captioner.records import CaptionRow, Claim, write_parquet
 from captioner.report import review
 from captioner.runs import Run, Shards
@@ -117,8 +118,8 @@ def test_more_needed_is_the_first_count_that_decides() -> None:
 
 
 def test_agreement_counts_passes_and_vetoes_apart() -> None:
-    def checked(p_yes: float, answer: str, expected: str = "yes") -> review.Checked:
-        return review.Checked("s", "k", "t", "object", "q", expected, p_yes, answer)
+    def checked(p_yes: float, answer: str, expected: str = "yes") -> judged.Checked:
+        return judged.Checked("s", "k", "t", "object", "q", expected, p_yes, answer)
 
     rows = [checked(0.9, "yes")] * 16 + [checked(0.9, "no")] * 13 + [checked(0.1, "yes")] * 2
     rows += [checked(0.1, "no", expected="no"), checked(0.5, "cannot tell")]
@@ -130,19 +131,19 @@ def test_agreement_counts_passes_and_vetoes_apart() -> None:
 def test_answers_outlive_a_torn_line(tmp_path: Path) -> None:
     path = tmp_path / "answers.jsonl"
     item = review.choose([claim("cat", "a cat")], 1, 0)[0]
-    answers = review.Answers(path)
+    answers = judged.Answers(path)
     review.add(answers, item, "yes")
     answers.close()
     whole = path.read_bytes()
     path.write_bytes(whole + b'{"id": "torn", "answ')
-    answers = review.Answers(path)
+    answers = judged.Answers(path)
     assert list(answers.rows) == [item.id] and path.read_bytes() == whole
     assert answers.undo() == item.id and answers.undo() is None
     answers.close()
-    assert review.read_checked(path) == []
+    assert judged.read_checked(path) == []
     path.write_bytes(b"{}\n" + whole)
     with pytest.raises(DataError, match="Line 1"):
-        review.Answers(path)
+        judged.Answers(path)
 
 
 def test_a_caption_pair_is_shown_in_both_orders() -> None:
@@ -193,7 +194,7 @@ def test_claims_are_answered_by_keyboard_and_survive_a_kill(run: Run, tmp_path: 
             assert process.wait(30) == 0
     summary = json.loads(path.with_suffix(".json").read_text())
     assert summary["kinds"][0]["kind"] == "all" and summary["kinds"][0]["asked"] == 8
-    assert len(review.read_checked(path)) == 8
+    assert len(judged.read_checked(path)) == 8
 
 
 def test_only_the_reviewer_reaches_the_page(run: Run) -> None:

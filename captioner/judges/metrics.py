@@ -108,8 +108,12 @@ def count(
         return Counts(key, False, tuple(row.values()))
     judged = known.judge(caption, prose=prose)
     row |= {"unparsed": judged.unparsed, "true": judged.true, "false": judged.false}
-    row |= {"hallucinating": int(judged.false > 0), "facts": judged.facts, "recalled": judged.recalled}
-    groups = {
+    row |= {
+        "hallucinating": min(1.0, max(0.0, judged.false)),
+        "facts": judged.facts,
+        "recalled": judged.recalled,
+    }
+    groups: dict[str, Mapping[str, tuple[float, float]]] = {
         "precision by kind": {kind: (true, true + false) for kind, (true, false) in judged.by_kind.items()},
         "precision by size": judged.precision_by_size,
         "recall by kind": judged.recall_by_kind,
@@ -132,12 +136,14 @@ def from_sums(sums: Array) -> dict[str, Array]:
     """Corpus metrics from summed counts. sums: [..., C] -> every metric of METRICS as [...]."""
     at = {name: sums[..., i] for name, i in _AT.items()}
     said = at["true"] + at["false"]
-    precision, recall = _ratio(at["true"], said), _ratio(at["recalled"], at["facts"])
+    # a judge's corrected counts may leave their range by chance
+    true, recalled = np.clip(at["true"], 0, said), np.clip(at["recalled"], 0, np.maximum(at["facts"], 0))
+    precision, recall = _ratio(true, said), _ratio(recalled, at["facts"])
     return {
         "precision": precision,
         "recall": recall,
         "f1": np.where(precision + recall == 0, 0.0, _ratio(2 * precision * recall, precision + recall)),
-        "hallucinated": _ratio(at["false"], said),
+        "hallucinated": _ratio(said - true, said),
         "hallucinating_captions": _ratio(at["hallucinating"], np.where(at["facts"] > 0, at["captions"], 0)),
         "parsed": _ratio(said, said + at["unparsed"]),
         "ended": _ratio(at["ended"], at["captions"]),

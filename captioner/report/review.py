@@ -7,23 +7,19 @@ judge.
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import random
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 from scipy.stats import binomtest
 
 from captioner.errors import DataError
+from captioner.judges.checked import ANSWERS, Answers, Checked
 from captioner.records import Claim
 
-Answer = Literal["yes", "no", "cannot tell"]
-ANSWERS: tuple[str, ...] = get_args(Answer)
 BINS = (0.1, 0.3, 0.5, 0.7, 0.9)  # edges of the P(yes) strata
 FURTHEST = 2000  # more answers than this are not asked of anybody
 Z = 1.959964  # of a 95 % interval
@@ -48,25 +44,6 @@ class Item:
     def passed(self) -> bool:
         """Whether the verifier confirms the claim."""
         return (self.p_yes >= 0.5) == (self.expected == "yes")
-
-
-@dataclass(frozen=True)
-class Checked:
-    """A claim with a person's answer: one line of the answers file."""
-
-    sample: str
-    key: str
-    text: str
-    kind: str
-    question: str
-    expected: str
-    p_yes: float
-    answer: str
-
-    @property
-    def holds(self) -> bool | None:
-        """Whether the claim is true; None where the person could not tell."""
-        return None if self.answer == "cannot tell" else self.answer == self.expected
 
 
 @dataclass(frozen=True)
@@ -114,77 +91,12 @@ def choose(claims: Iterable[Claim], count: int, seed: int) -> list[Item]:
     return list(chosen.values())
 
 
-class Answers:
-    """An append-only JSONL file; every answer is on the disk before :meth:`add` returns.
-
-    A line that a kill tore is cut off when the file is opened. ``id`` names what was answered; a later line
-    of the same id replaces an earlier one, and a line whose answer is null takes it back.
-    """
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.rows: dict[str, dict[str, Any]] = {}
-        self._order: list[str] = []
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a+b")
-        self._file.seek(0)
-        data = self._file.read()
-        whole = data[: data.rfind(b"\n") + 1]
-        if len(whole) < len(data):
-            self._file.truncate(len(whole))
-        for number, line in enumerate(whole.splitlines(), 1):
-            try:
-                row = json.loads(line)
-                self._take(row["id"], row)
-            except (ValueError, KeyError, TypeError) as error:
-                self._file.close()
-                raise DataError(
-                    f"Line {number} of the answers is not one of ours: {error}",
-                    where=str(path),
-                    mend="Move the file away; the review starts a new one.",
-                ) from error
-
-    def _take(self, id: str, row: dict[str, Any]) -> None:
-        self.rows.pop(id, None)
-        self._order = [each for each in self._order if each != id]
-        if row.get("answer") is not None:
-            self.rows[id] = row
-            self._order.append(id)
-
-    def add(self, id: str, answer: str | None, **about: Any) -> None:
-        """Store an answer; None takes the answer to ``id`` back."""
-        row = {"id": id, **about, "answer": answer}
-        self._file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._take(id, row)
-
-    def undo(self) -> str | None:
-        """Take the latest answer back; its id."""
-        if not self._order:
-            return None
-        latest = self._order[-1]
-        self.add(latest, None)
-        return latest
-
-    def close(self) -> None:
-        self._file.close()
-
-
 def add(answers: Answers, item: Item, answer: str) -> None:
     """Store what a person says about a claim. Raises DataError for another answer than ``ANSWERS``."""
     if answer not in ANSWERS:
         raise DataError(f"{answer!r} is not an answer.", mend=f"Answer one of: {', '.join(ANSWERS)}.")
     about = {name: value for name, value in asdict(item).items() if name not in ("id", "view")}
     answers.add(item.id, answer, **about)
-
-
-def read_checked(path: Path) -> list[Checked]:
-    """The claims that a person answered. Raises DataError for a damaged file."""
-    answers = Answers(path)
-    answers.close()
-    names = Checked.__dataclass_fields__
-    return [Checked(**{name: row[name] for name in names}) for row in answers.rows.values()]
 
 
 def agreements(checked: Sequence[Checked], limit: float) -> list[Agreement]:

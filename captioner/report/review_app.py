@@ -23,6 +23,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Mount, Route
 
 from captioner.errors import DataError
+from captioner.judges.checked import Checked
 from captioner.report import review
 from captioner.report.review import Answers, CaptionPair, Item
 from captioner.views import BadImage, load_image
@@ -46,7 +47,7 @@ def claims_app(
         review.add(answers, items[index], answer)
 
     def progress() -> dict[str, Any]:
-        rows = [review.Checked(**_fields(row, review.Checked)) for row in answers.rows.values()]
+        rows = [Checked(**_fields(row, Checked)) for row in answers.rows.values()]
         return {"kinds": [asdict(row) for row in review.agreements(rows, limit)], "limit": limit}
 
     return _app("claims", items, answers, images, token, shown, store, progress)
