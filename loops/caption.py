@@ -13,22 +13,23 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from captioner import laboratory, prompts
 from captioner.config import Config
-from captioner.errors import CheckpointError, ConfigError, Refused
+from captioner.errors import CheckpointError, ConfigError, Ended, Refused
 from captioner.pipeline import output
 from captioner.pipeline.coordinator import Coordinator, Pool
 from captioner.pipeline.local import LocalPool, devices
 from captioner.pipeline.output import Output
+from captioner.pipeline.prepare import cores
 from captioner.pipeline.watch import Watch
 from captioner.pipeline.worker import Settings
-from captioner.runs import Run, RunDir, checkpoint_path, hash_path, lock, progress
+from captioner.runs import Run, RunDir, checkpoint_path, ending, hash_path, lock, progress, writing
 from captioner.sources import resolve
-from captioner.sources.folder import read_captions, write_jsonl, write_sidecars
+from captioner.sources.folder import read_captions, write_jsonl
 from captioner.sources.source import ShardRef, open_source
 from loops.stages import StagePlan
 
@@ -105,7 +106,8 @@ def caption(
         redo=redo,
     )
     if estimate is None:
-        _run(config, args)
+        with ending(), writing(args.out):
+            _run(config, args)
     else:
         _estimate(config, args)
     return args.out
@@ -119,7 +121,7 @@ def _run(config: Config, args: Job) -> None:
     output.check_free(args.out)
     held = _lock(args.out) if args.out.is_dir() else None  # before anything of another job is removed
     source = _Source(config, args)
-    if args.redo:
+    if args.redo or output.half_removed(args.out):
         output.remove(args.out)
     job, shards, images = _job(config, args, source, checkpoint)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -131,7 +133,7 @@ def _run(config: Config, args: Job) -> None:
     if args.format == "jsonl":
         write_jsonl(read_captions(args.out), args.out / output.JSONL)
     elif args.format == "txt":
-        write_sidecars(read_captions(args.out), args.out)
+        output.write_texts(args.out)
     _report(found, config, before, time.monotonic() - started)
     del held
     _judge(found, config, lost)
@@ -150,8 +152,8 @@ class _Source:
         self.spec = str(resolve(args.input, cache=args.out / ".scenes")) if drawn else args.input
         self.rows = config.caption.shard_rows
 
-    def shards(self) -> Iterator[ShardRef]:
-        return iter(open_source(self.spec, shard_rows=self.rows))
+    def shards(self, index: Path | None = None) -> Iterator[ShardRef]:
+        return iter(open_source(self.spec, shard_rows=self.rows, index=index))
 
 
 def _checkpoint(config: Config, args: Job) -> Path:
@@ -179,7 +181,8 @@ def _job(
     listing, shards, images = hashlib.sha256(), 0, 0
     known = True
     for shard in source.shards():
-        listing.update(json.dumps([*vars(shard).values(), _size(shard.location)]).encode())
+        content = shard.mark or [shard.location, _size(shard.location)]
+        listing.update(json.dumps([shard.index, shard.name, content, shard.start, shard.rows]).encode())
         shards += 1
         known &= shard.rows is not None
         images += shard.rows or 0
@@ -244,7 +247,9 @@ def _caption(
     with progress("captioning", left) as bar:
         watch = Watch(caption, found, shards=shards, images=images, bar=bar)
         pool, workers = _pool(settings, args, missing)
-        coordinator = Coordinator(pool, workers, source.shards(), settings, found, watch)
+        coordinator = Coordinator(
+            pool, workers, source.shards(args.out / output.LISTING), settings, found, watch
+        )
         state = "failed"
         try:
             watch.tick(force=True)
@@ -253,6 +258,9 @@ def _caption(
             state = "done" if not coordinator.lost else "incomplete"
         except Refused:
             state = "stopped"
+            raise
+        except (Ended, KeyboardInterrupt):
+            state = "interrupted"
             raise
         finally:
             watch.tick(state=state, force=True)
@@ -263,6 +271,7 @@ def _pool(settings: Settings, args: Job, missing: int) -> tuple[Pool, int]:
     """Where the workers run, and how many there are: no more than shards are missing."""
     if args.runner == "local":
         workers = min(_workers(settings.config, args), missing)
+        settings = replace(settings, workers=workers)
         return LocalPool(settings, _processes(settings.config, workers)), workers
     from captioner.pipeline import cluster
 
@@ -279,8 +288,7 @@ def _processes(config: Config, workers: int) -> int:
     """Processes that prepare images for each worker of this machine."""
     if config.caption.prepare_processes is not None:
         return config.caption.prepare_processes
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // workers - 1)
+    return max(1, cores() // workers - 1)
 
 
 def _report(found: Output, config: Config, before: int, seconds: float) -> None:

@@ -34,7 +34,7 @@ from tests.test_views import png_header
 ROOT = Path(__file__).resolve().parent.parent
 TOKENS = 6
 SHARD_ROWS = 4
-HIDDEN = {".job.json", ".lock", ".shards.jsonl", ".status.json"}
+HIDDEN = {".job.json", ".listing.jsonl", ".lock", ".shards.jsonl", ".status.json"}
 FLAGS = [
     "--caption.sampling.max_tokens",
     str(TOKENS),
@@ -400,7 +400,7 @@ def test_a_dry_run_touches_nothing(images: Path, tmp_path: Path, checkpoint: Pat
 
 def test_captioning_imports_no_training_library() -> None:
     code = (
-        "import sys, loops.caption, captioner.engines.hf, captioner.model\n"
+        "import sys, loops.caption, captioner.engines.hf, captioner.models.model\n"
         "assert not {'adapters', 'trl', 'peft', 'datasets'} & set(sys.modules), sorted(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120, cwd=ROOT)

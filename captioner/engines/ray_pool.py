@@ -42,6 +42,8 @@ class RayTasks:
         ray.exceptions.ObjectLostError,  # of a node that died before the engine took it
     )
 
+    processes = 1  # each task is one
+
     def __init__(self, ahead: int):
         self.ahead = ahead
         self._remote: dict[Any, Any] = {}

@@ -7,21 +7,35 @@ neither resuming nor the closing line reads the rows again; lines that a kill ha
 from __future__ import annotations
 
 import json
+import sqlite3
+import sys
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from captioner.errors import DataError, RunError
 from captioner.records import CaptionRow, read_parquet
 from captioner.runs import Shards, atomic_write_json, atomic_write_text
-from captioner.sources.folder import caption_shards, sidecar_path
+from captioner.sources.folder import (
+    caption_shards,
+    leads_out,
+    long_name,
+    read_captions,
+    sidecar_path,
+    write_sidecars,
+)
 
 MANIFEST = ".job.json"  # hidden, all of them, so that `datasets` loads the folder as it is
 JOURNAL = ".shards.jsonl"
 STATUS = ".status.json"
+LISTING = ".listing.jsonl"  # of a folder: keys and names, which shards are places in
+REMOVING = ".removing"
 JSONL = "captions.jsonl"
+TEXT = ".txt"
 BOUND = ("input", "checkpoint", "config")  # what a job cannot change underway
 
 
@@ -135,17 +149,59 @@ def claim(out: Path, job: dict[str, Any]) -> Output:
     return Output(out)
 
 
+def write_texts(out: Path) -> None:
+    """Write ``KEY.txt`` for every caption; DataError, and no file, where two would have one name.
+
+    Names that differ in case alone are one for many file systems. A caption whose key is too long for a file
+    name has none, which is told.
+    """
+    long = 0
+    with closing(sqlite3.connect("")) as database:  # a file of its own, for the memory of millions of names
+        database.execute("CREATE TABLE places (name PRIMARY KEY, key, folder)")
+        for row in read_captions(out):
+            if row.caption is None or leads_out(row.key):
+                continue
+            if long_name(row.key):
+                long += 1
+                continue
+            path = PurePosixPath(unicodedata.normalize("NFC", f"{row.key}{TEXT}").casefold())
+            places = [(str(folder), "", True) for folder in path.parents[:-1]] + [(str(path), row.key, False)]
+            for name, key, folder in places:
+                had = database.execute("SELECT key, folder FROM places WHERE name = ?", [name]).fetchone()
+                if had and not (folder and had[1]):
+                    what = f"the keys {had[0]!r} and {row.key!r} want one file name"
+                    mend = "leave --format txt out: the rows are all there, in Parquet files or with jsonl"
+                    raise DataError(what, where=str(out / name), mend=mend)
+                if not had:
+                    database.execute("INSERT INTO places VALUES (?, ?, ?)", [name, key or row.key, folder])
+    rows = read_captions(out)
+    write_sidecars((row for row in rows if not leads_out(row.key) and not long_name(row.key)), out)
+    if long:
+        print(
+            f"{long:,} captions have no text file: their keys are too long for a file name", file=sys.stderr
+        )
+
+
+def half_removed(out: Path) -> bool:
+    """Whether a :func:`remove` was cut short."""
+    return (out / REMOVING).exists()
+
+
 def remove(out: Path) -> None:
-    """Remove what a job wrote, and nothing else; the manifest last, so that a kill leaves a job to redo."""
+    """Remove what a job wrote, and nothing else. Where a kill cuts it short, the next job goes on with it."""
+    if out.is_dir():
+        atomic_write_text(out / REMOVING, "")
     for shard in caption_shards(out):
         try:
             rows = read_parquet(shard, CaptionRow)
         except DataError:
             rows = []  # a broken shard: its text files stay and are overwritten
         for row in rows:
-            sidecar_path(out, row.key).unlink(missing_ok=True)
+            if not leads_out(row.key) and not long_name(row.key):
+                with suppress(NotADirectoryError, DataError):  # no file of this job is there
+                    sidecar_path(out, row.key).unlink(missing_ok=True)
     clear_leftovers(out)
-    names = (out / name for name in (JSONL, STATUS, JOURNAL, MANIFEST))
+    names = (out / name for name in (JSONL, STATUS, LISTING, JOURNAL, MANIFEST, REMOVING))
     for path in [*caption_shards(out), *names]:
         path.unlink(missing_ok=True)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import queue
+import signal
 import sys
 import threading
 import time
@@ -21,11 +22,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from captioner import views
 from captioner.config import Config, SamplingConfig
 from captioner.engines import CaptionRequest, Engine, QuestionBatch, make_engine
-from captioner.errors import DataError, UserError
+from captioner.errors import DataError, UserError, masked, printable
 from captioner.method import tool
+from captioner.pipeline.prepare import GIB, Gate, Limits
 from captioner.records import Candidate, CaptionRow
 from captioner.sources.source import Item, ShardRef, read_shard
 from captioner.statements import split_statements
@@ -44,6 +45,7 @@ class Executor(Protocol):
 
     crashed: tuple[type[Exception], ...]  # what a future raises where its process died
     ahead: int  # images that are prepared before the engine asks for them
+    processes: int  # 0: the worker itself prepares them
 
     def submit(self, work: Callable[..., T], *args: Any) -> Future[T]: ...
     def alone(self, work: Callable[..., T], *args: Any) -> Future[T]: ...
@@ -59,6 +61,7 @@ class Settings:
     settings: str  # hash of the settings, for the rows
     verify: bool = False
     drop_refuted: bool = False
+    workers: int = 1  # on one machine
 
     @property
     def sampling(self) -> SamplingConfig:
@@ -83,6 +86,7 @@ class _Entry:
     number: int
     item: Item
     prepared: Future[tuple[Cut, str]] | None
+    size: int = 0  # bytes of it that wait in memory
 
 
 @dataclass
@@ -135,6 +139,8 @@ class Worker:
         self._rows: dict[int, list[tuple[int, CaptionRow]]] = {}
         self._said = time.monotonic()
         self._rules = tool.Rules()
+        self._limits = Limits.of(settings.config.caption, executor.processes)
+        self._gate = Gate(int(settings.config.caption.memory * GIB) // 4 // settings.workers)
 
     def run(self) -> None:
         message = self._receive()
@@ -212,10 +218,13 @@ class Worker:
     def _entry(self, index: int, number: int, item: Item) -> _Entry:
         if item.image is None:
             return _Entry(index, number, item, None)
-        return _Entry(index, number, item, self.executor.submit(*self._work(item.image)))
+        size = len(item.image) if isinstance(item.image, bytes) else 0
+        self._gate.enter(size)
+        return _Entry(index, number, item, self.executor.submit(*self._work(item.image)), size)
 
     def _work(self, image: bytes | Path) -> tuple[Any, ...]:
-        return views.prepare, image, self.engine.renderer.spec, self.settings.config.caption.reduced_decode
+        reduced = self.settings.config.caption.reduced_decode
+        return self._limits.prepare, image, self.engine.renderer.spec, reduced
 
     # ---- captioning
 
@@ -258,6 +267,8 @@ class Worker:
             except BadImage as error:
                 self._row(entry, self._failed(error.reason))
                 continue
+            finally:
+                self._gate.leave(entry.size)
             if sha in self._known:
                 self._known.move_to_end(sha)
                 self._row(entry, self._known[sha])
@@ -279,8 +290,10 @@ class Worker:
             for _ in range(tries):
                 try:
                     return self.executor.alone(*self._work(entry.item.image)).result()
-                except self.executor.crashed:
-                    continue
+                except self.executor.crashed as error:
+                    if str(error) == signal.SIGALRM.name:
+                        seconds = self.settings.config.caption.prepare_seconds
+                        raise BadImage(f"took longer than {seconds:g} s to read") from None
             raise BadImage(f"the process that reads it died {tries} times") from None
 
     # ---- outcomes
@@ -376,5 +389,5 @@ def failed_row(settings: Settings, key: str, reason: str, sha: str = "") -> Capt
         tokens=None,
         model=settings.model,
         config=settings.settings,
-        error=reason,
+        error=printable(masked(reason)),
     )

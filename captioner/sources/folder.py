@@ -228,11 +228,22 @@ def one_line(caption: str) -> str:
 def sidecar_path(folder: Path, key: str, suffix: str = ".txt") -> Path:
     """Where a file of ``key`` is written; :class:`DataError` if that lies outside ``folder``."""
     name = PurePosixPath(key)
-    if name.parts and not name.is_absolute() and ".." not in name.parts and "\0" not in key:
+    if not leads_out(key):
         path = folder / name.with_name(f"{name.name}{suffix}")
         if path.parent.resolve().is_relative_to(folder.resolve()):  # a linked folder may lead out, too
             return path
     raise DataError(f"the key {key!r} leads out of the folder", where=str(folder))
+
+
+def leads_out(key: str) -> bool:
+    """Whether a key names no file below a folder."""
+    name = PurePosixPath(key)
+    return not name.parts or name.is_absolute() or ".." in name.parts or "\0" in key
+
+
+def long_name(key: str, suffix: str = ".txt") -> bool:
+    """Whether a key is longer than file systems let the name of a file be."""
+    return any(len(os.fsencode(part)) > 255 for part in PurePosixPath(key + suffix).parts)
 
 
 def walk_images(path: Path) -> Iterator[tuple[str, str]]:

@@ -29,7 +29,7 @@ from pathlib import Path
 from captioner.errors import DataError
 from captioner.sources.captions import TABLES
 from captioner.sources.files import folder_cuts, list_cuts, read_files, read_list
-from captioner.sources.folder import is_image_name, no_images
+from captioner.sources.folder import is_image_name, leads_out, no_images
 from captioner.sources.hf import hf_cuts, is_saved, read_hf
 from captioner.sources.items import Cut, Item, ShardRef
 from captioner.sources.rows import read_photo, read_rows, table_cuts
@@ -41,14 +41,16 @@ __all__ = ["Item", "ShardRef", "open_source", "read_shard"]
 LISTS = (".txt", ".lst", ".list")
 
 
-def open_source(spec: str, *, shard_rows: int = 256) -> Iterator[ShardRef]:
+def open_source(spec: str, *, shard_rows: int = 256, index: Path | None = None) -> Iterator[ShardRef]:
     """The shards of a data set; see the module for what ``spec`` may be. No image is read.
 
     A tar is one shard; Parquet files are cut at row groups, the others at ``shard_rows``. Folders and lists
-    are walked as the iterator is asked. Raises :class:`DataError` for a spec that names nothing readable.
+    are walked as the iterator is asked; the listing of a folder goes to ``index``, which other processes
+    read the shards from (None = a file that ends with this process).
+    Raises :class:`DataError` for a spec that names nothing readable.
     """
     try:
-        kind, cuts = _cuts(spec, shard_rows)
+        kind, cuts = _cuts(spec, shard_rows, index)
         first = next(cuts, None)
     except OSError as error:
         raise DataError(f"cannot be read: {error.strerror or error}", where=spec) from error
@@ -61,10 +63,12 @@ def read_shard(shard: ShardRef) -> Iterator[Item]:
     """The images of a shard in order, streaming; each member, row or file of it is accounted for by an item.
 
     Of images with one key the first counts, the others are errors. Raises :class:`DataError` only where
-    nothing of the shard can be read, and where a remote data set breaks off.
+    nothing of the shard can be read, and where a remote data set breaks off. Keys are UTF-8 and lead nowhere.
     """
     seen: set[str] = set()
     for item in READERS[shard.kind](shard):
+        if item.error is None and leads_out(item.key):
+            item = Item(item.key, None, error="its key leads out of the folder")
         if item.error is None and item.key in seen:
             item = Item(item.key, None, error="another image of this shard has the same key")
         try:
@@ -80,7 +84,7 @@ def read_shard(shard: ShardRef) -> Iterator[Item]:
 # ---------------------------------------------------------------- what a spec names
 
 
-def _cuts(spec: str, shard_rows: int) -> tuple[str, Iterator[Cut]]:
+def _cuts(spec: str, shard_rows: int, index: Path | None) -> tuple[str, Iterator[Cut]]:
     if shard_rows < 1:
         raise ValueError(f"shards of {shard_rows} rows")
     if spec.startswith("hf:"):
@@ -96,7 +100,7 @@ def _cuts(spec: str, shard_rows: int) -> tuple[str, Iterator[Cut]]:
             return "hf", hf_cuts(f"hf:{path}", shard_rows)
         files = _tables_only(path)
         if not files:
-            return "folder", folder_cuts(path, shard_rows)
+            return "folder", folder_cuts(path, shard_rows, index)
     elif path.is_file():
         if path.suffix.lower() in LISTS:
             return "list", list_cuts(path, shard_rows)
