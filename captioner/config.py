@@ -472,6 +472,8 @@ class CaptionConfig(Section):
     """Seconds that one image may take to be read and cut; then its process is ended, and the image fails."""
     memory: float = Field(4.0, gt=0)
     """GiB that images on their way to the engines may take on one machine; half of it for a single image."""
+    outage: float = Field(3600.0, ge=0)
+    """Seconds to wait for a disk of the input that is gone; then the job stops, to be begun again."""
 
     @model_validator(mode="after")
     def _sampled(self) -> Self:

@@ -402,11 +402,11 @@ def writing(path: Path) -> Generator[None, None, None]:
 class _Lock:
     """Holds a directory for this process while it is referred to; the system releases it of a killed one."""
 
-    def __init__(self, path: Path, what: str, flag: str):
+    def __init__(self, path: Path, what: str, flag: str, shared: bool):
         try:
-            self.file = (path / ".lock").open("w")
+            self.file = (path / ".lock").open("a+")
             # lockf and not flock: forked data workers must not hold the run after their parent was killed
-            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(self.file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise RunError(
                 f"another process works in this {what}",
@@ -432,10 +432,13 @@ _LOCKS: WeakValueDictionary[Path, _Lock] = (
 )  # closing a second handle would release the first
 
 
-def lock(path: Path, what: str = "run", flag: str = "--run DIR") -> _Lock:
-    """Hold a directory for this process, or raise RunError where another one does."""
+def lock(path: Path, what: str = "run", flag: str = "--run DIR", shared: bool = False) -> _Lock:
+    """Hold a directory for this process, or raise RunError where another one does.
+
+    ``shared``: for this process and others that share it.
+    """
     place = path.resolve()
-    held = _LOCKS.get(place) or _Lock(place, what, flag)
+    held = _LOCKS.get(place) or _Lock(place, what, flag, shared)
     _LOCKS[place] = held
     return held
 

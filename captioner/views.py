@@ -25,7 +25,15 @@ from captioner.config import ViewsConfig
 from captioner.errors import DataError
 
 # What may be decoded; not formats that start other programs (EPS) or have no mark to know them by (TGA).
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "PPM", "ICO")
+FORMATS: tuple[str, ...] = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "PPM", "ICO")
+try:
+    import pillow_heif  # type: ignore[import-not-found, import-untyped]
+except ImportError:
+    pass
+else:
+    pillow_heif.register_heif_opener()
+    FORMATS += ("HEIF",)
+HEIC = tuple(b"ftyp" + brand for brand in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1"))
 MAX_BYTES = 1 << 29  # of a file
 MAX_SIDE = 20_000  # pixels
 MAX_PIXELS = 178_956_970  # where Pillow itself refuses: 3 bytes each are half a gigabyte
@@ -48,10 +56,13 @@ QUADRANTS = ("top left", "top right", "bottom left", "bottom right")
 
 
 class BadImage(DataError):
-    """An image file that cannot be captioned; ``reason`` is what its row records."""
+    """An image file that cannot be captioned; ``reason`` is what its row records.
 
-    def __init__(self, reason: str):
-        self.reason = reason
+    ``world``: the fault is not the image's, and another time it may be read.
+    """
+
+    def __init__(self, reason: str, world: bool = False):
+        self.reason, self.world = reason, world
         super().__init__(f"bad image: {reason}")
 
 
@@ -172,13 +183,13 @@ def read_bytes(path: Path) -> bytes:
     """The bytes of an image file; :class:`BadImage` where it cannot be read, is empty or is too large."""
     try:
         if not path.is_file():  # a pipe or a device would block
-            raise BadImage("not a regular file" if path.exists() else "no such file")
+            raise BadImage("not a regular file") if path.exists() else BadImage("no such file", world=True)
         size = path.stat().st_size
         if size > MAX_BYTES:
             raise BadImage(f"file too large: {size:,} bytes, limit {MAX_BYTES:,}")
         return path.read_bytes()
     except OSError as error:
-        raise BadImage(f"cannot be read: {error.strerror or error}") from error
+        raise BadImage(f"cannot be read: {error.strerror or error}", world=True) from error
 
 
 def decode(data: bytes) -> Image.Image:
@@ -215,7 +226,7 @@ def _decode(
         except BadImage:
             raise
         except UnidentifiedImageError as error:
-            raise BadImage("not an image of a known format") from error
+            raise BadImage(_unknown(data)) from error
         except Image.DecompressionBombError as error:
             raise BadImage(f"too many pixels, limit {MAX_PIXELS:,}") from error
         except MemoryError as error:
@@ -223,6 +234,15 @@ def _decode(
         except Exception as error:  # the boundary: decoders raise whatever broken bytes make them raise
             reason = " ".join(str(error).split()) or type(error).__name__
             raise BadImage(f"cannot be decoded: {reason[:200]}") from error
+
+
+def _unknown(data: bytes) -> str:
+    """Why bytes are no image, with a name for those formats that photographs come in."""
+    if data[4:12] in HEIC:
+        return "HEIC, for which pillow-heif is missing (pip install 'captioner[heif]')"
+    if data[:2] == b"\xff\x0a" or data[4:12] == b"JXL \x0d\x0a\x87\x0a":
+        return "JPEG XL, which is not read"
+    return "not an image of a known format"
 
 
 def _check_size(width: int, height: int) -> None:

@@ -128,10 +128,11 @@ def captioned(source: Path) -> list[CaptionRow]:
     [shard] = open_source(str(source))
     messages = iter([Task(shard), None])
     events: list[Any] = []
-    settings = Settings(Config(), source, "m", "c")
+    settings = Settings(Config(), source, "m", "c", out=source.parent)
     Worker(settings, Spy(), Inline(4), lambda: next(messages), events.append).run()
     rows = dict(numbered for event in events if event[0] == "rows" for numbered in event[2])
-    assert ("end", 0, len(rows)) in events
+    [tally] = [tally for kind, *_, tally in events if kind == "published"]
+    assert tally.rows == len(rows)
     return [rows[number] for number in range(len(rows))]
 
 

@@ -19,7 +19,7 @@ from typing import Any, TypeGuard
 
 from captioner import views
 from captioner.config import EngineConfig, SamplingConfig, ViewsConfig, ViewsOverride
-from captioner.engines.base import CaptionRequest, QuestionBatch, YesNo
+from captioner.engines.base import NO_ANSWER, CaptionRequest, QuestionBatch, YesNo
 from captioner.engines.servers import Rejected, Server, Servers, Unanswered, choice_of
 from captioner.engines.vocabulary import Vocabulary
 from captioner.errors import EngineError, printable
@@ -119,7 +119,8 @@ class ServerEngine:
                 await self._ask(shown, text, tail, {"max_tokens": 1, "temperature": 0.0}, lambda answer: None)
             return await _all(one(k) for k in range(n))
         except Unanswered as error:
-            return [_failed(request, k, seeds[k], str(error)) for k in range(n)]
+            blame = "" if isinstance(error, Rejected) else NO_ANSWER
+            return [_failed(request, k, seeds[k], blame + str(error)) for k in range(n)]
 
     def _caption(self, answer: dict[str, Any]) -> tuple[list[int], list[float]]:
         """Token ids, the end token included, and their log-probabilities."""

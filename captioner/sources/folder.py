@@ -246,9 +246,10 @@ def long_name(key: str, suffix: str = ".txt") -> bool:
     return any(len(os.fsencode(part)) > 255 for part in PurePosixPath(key + suffix).parts)
 
 
-def walk_images(path: Path) -> Iterator[tuple[str, str]]:
+def walk_images(path: Path, others: Counter[str] | None = None) -> Iterator[tuple[str, str]]:
     """(key, relative path) of every image below ``path``, folder after folder, sorted inside each.
 
+    ``others`` counts, by extension, the files that are neither images by their name nor captions of images.
     Only the names of one folder are in memory. Raises :class:`DataError` for a folder that cannot be listed.
     """
     if not path.is_dir():
@@ -261,7 +262,12 @@ def walk_images(path: Path) -> Iterator[tuple[str, str]]:
     for directory, folders, files in os.walk(path, onerror=unreadable):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         prefix = "" if directory == str(path) else f"{Path(directory).relative_to(path).as_posix()}/"
-        names = [prefix + name for name in sorted(files) if not name.startswith(".") and is_image_name(name)]
+        shown = [name for name in sorted(files) if not name.startswith(".")]
+        names = [prefix + name for name in shown if is_image_name(name)]
+        if others is not None:
+            rest = (name for name in shown if not is_image_name(name) and name not in METADATA)
+            suffixes = (os.path.splitext(name)[1].lower() for name in rest)
+            others.update(suffix for suffix in suffixes if suffix not in CAPTION_SUFFIXES)
         yield from zip(image_keys(names), names, strict=True)
 
 

@@ -15,6 +15,7 @@ class Item:
     image: bytes | Path | None  # encoded bytes or the file; None where there is no image to read
     caption: str | None = None  # what the source itself says beside the image
     error: str | None = None  # why there is no image
+    world: bool = False  # the fault is not the image's: a disk or a network failed
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,8 @@ def row_item(batch: Any, row: int, columns: Columns, fallback: str, home: Path, 
         caption = batch.column(columns.caption)[row].as_py() if columns.caption else None
     except Exception as error:  # the boundary: text that is not UTF-8, a file of the hub that is gone, ...
         reason = " ".join(str(error).split()) or type(error).__name__
-        return Item(key, None, error=f"the row cannot be read: {reason[:200]}")
+        world = isinstance(error, OSError)
+        return Item(key, None, error=f"the row cannot be read: {reason[:200]}", world=world)
     if isinstance(image, Path) and columns.key == columns.image:  # where it lies is no name of its own
         key = Path(os.path.normpath(image)).relative_to(home).as_posix()
     if isinstance(image, bytes) and len(image) > MAX_BYTES:

@@ -141,6 +141,7 @@ class _Sample:
         self.caption: str | None = None
         self.errors: list[str] = []
         self.others: list[str] = []
+        self.unread = False  # the disk gave no image, though there is one
 
     def add(self, tar: tarfile.TarFile, member: tarfile.TarInfo, extension: str) -> None:
         last = extension.rpartition(".")[2].lower()
@@ -152,7 +153,7 @@ class _Sample:
             else:
                 self.image = _bytes(tar, member)
                 if self.image is None:
-                    self.errors.append("it cannot be read")
+                    self.unread = True
         elif last in ("txt", "caption", "json") and member.size <= MAX_TEXT:
             text = (_bytes(tar, member) or b"").decode("utf-8", "replace")
             if last == "json":
@@ -166,6 +167,8 @@ class _Sample:
             return
         if self.image is not None:
             yield Item(key, self.image, self.caption)
+        elif self.unread:
+            yield Item(key, None, error="it cannot be read from the tar", world=True)
         elif not self.errors:
             yield Item(key, None, error=f"no image in the sample, but {', '.join(self.others)[:100]}")
         for error in self.errors:
