@@ -5,6 +5,7 @@ The engine is a spy without a model: it says what each image's bytes are, and no
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import shutil
@@ -24,17 +25,19 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from captioner.config import CaptionConfig, SamplingConfig, ViewsConfig
-from captioner.engines import NO_ANSWER, CaptionRequest
+from captioner import views
+from captioner.config import CaptionConfig, Config, SamplingConfig, ViewsConfig
+from captioner.engines import NO_ANSWER, CaptionRequest, QuestionBatch, YesNo
 from captioner.errors import RunError
+from captioner.pipeline import stages
 from captioner.pipeline.leases import Leases
 from captioner.pipeline.local import Inline
 from captioner.pipeline.output import Output
 from captioner.pipeline.prepare import Preparation
-from captioner.records import Candidate, CaptionRow
-from captioner.sources.folder import read_captions
+from captioner.records import Candidate, CaptionRow, Failed
+from captioner.sources.folder import read_captions, read_folder
 from captioner.sources.source import open_source
-from captioner.views import BadImage, ViewSpec
+from captioner.views import BadImage, Cut, ViewSpec
 from loops import cli
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -422,3 +425,53 @@ def test_rows_of_a_table_that_changed_are_found_by_their_bytes(job: Job) -> None
     assert job.run(source=path) == 0
     assert job.asked == ["7"] and len(list(open_source(str(path), shard_rows=4))) == 2
     assert len(job.rows) == 20
+
+
+# ---------------------------------------------------------------- the images of a stage
+
+
+class Asked(Spy):
+    """Answers yes with the first letter's number in a question."""
+
+    def p_yes(self, requests: Iterator[QuestionBatch]) -> Iterator[list[YesNo]]:
+        for batch in requests:
+            assert isinstance(batch.image, Cut) and batch.image.size == (8, 8)
+            yield [YesNo(ord(text[0]) / 256, 1.0) for text in batch.questions]
+
+
+def test_the_images_of_a_stage_are_decoded_once_by_others(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For captions once, for all questions once, and not by the engine's process."""
+    decoded = job.home / "decoded"
+    real = views.prepare
+
+    def noted(source: Path, *args: Any) -> Any:
+        with decoded.open("a") as file:
+            file.write(f"{os.getpid()} {source.stem}\n")
+        return real(source, *args)
+
+    monkeypatch.setattr(views, "prepare", noted)
+    (job.images / "4.png").write_bytes(b"no image")
+    (job.home / "no-answer").write_text("6")
+    rows = read_folder(job.images)
+    engine: Any = Asked(job.home)
+    with stages.images(engine, Config(), processes=2) as pictures:
+        said = dict(stages.caption_images(engine, rows, 2, SamplingConfig(), pictures))
+        seen = [line.split() for line in decoded.read_text().splitlines()]
+        assert sorted(key for _, key in seen) == [str(n) for n in range(10)]
+        assert str(os.getpid()) not in {pid for pid, _ in seen}
+        answered = dict(stages.ask(engine, rows, lambda row: [row.key, "a"], pictures))
+    assert set(said) == set(answered) == set(rows)
+    bad = {row.key: found.reason for row, found in said.items() if isinstance(found, Failed)}
+    assert bad == {
+        "4": "not an image of a known format",
+        "6": f"error: {NO_ANSWER}the server answers 500",
+    }
+    shas = {row.key: hashlib.sha256(row.path.read_bytes()).hexdigest() for row in rows}
+    for row, found in said.items():
+        if not isinstance(found, Failed):
+            assert [(c.key, c.k, c.sample) for c in found] == [(row.key, k, shas[row.key]) for k in range(2)]
+    for row, found in answered.items():
+        assert isinstance(found, Failed) == (row.key == "4")
+        if not isinstance(found, Failed):
+            assert found.sample == shas[row.key]
+            assert [each.p_yes for each in found.answers] == [ord(row.key) / 256, ord("a") / 256]

@@ -56,6 +56,9 @@ class RayTasks:
 
     alone = submit
 
+    def close(self) -> None:
+        """Tasks end by themselves."""
+
 
 @ray.remote
 class _Actor:

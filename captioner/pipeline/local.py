@@ -55,6 +55,9 @@ class Inline:
 
     alone = submit
 
+    def close(self) -> None:
+        """There is nothing to end."""
+
 
 class Processes:
     """Prepares images in processes. One that dies breaks the pool: a new one takes its place."""
@@ -98,6 +101,10 @@ class Processes:
         else:
             future.set_exception(error)
         return future
+
+    def close(self) -> None:
+        """End the processes."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
 
 class LocalPool:
