@@ -280,7 +280,7 @@ def _caption(
         watch = Watch(settings.config.caption, found, shards=len(shards), images=images, bar=bar)
         before = watch.before
         pool, workers = _pool(settings, args, missing)
-        leases = Leases(args.out / ".leases") if args.join else None
+        leases = Leases(args.out / output.LEASES) if args.join else None
         coordinator = Coordinator(pool, workers, iter(shards), settings, found, watch, leases)
         state = "failed"
         try:

@@ -48,6 +48,7 @@ class _Shard:
     """A shard underway."""
 
     ref: ShardRef
+    begun: bool = False  # by this command
     trying: tuple[int, str] | None = None  # number and key of the image that is tried alone
     strikes: Counter[int] = field(default_factory=Counter)  # number -> workers that died at it; -1: reading
 
@@ -207,7 +208,8 @@ class Coordinator:
         """What a worker says of a shard."""
         worker, kind = self.workers[number], event[0]
         if kind == "had":
-            self.watch.had(event[2])
+            self.watch.had(0 if shard.begun else event[2])
+            shard.begun = True
         elif kind == "rows":
             if shard.trying and shard.trying[0] in {n for n, _ in event[2]}:
                 shard.trying = None

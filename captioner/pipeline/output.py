@@ -36,6 +36,7 @@ JOURNAL = ".shards.jsonl"
 STATUS = ".status.json"
 LISTING = ".listing.jsonl"  # of a folder: keys and names, which shards are places in
 WORK = ".work"  # logs of the shards underway
+LEASES = ".leases"  # of machines that share the work
 OLD = ".old"  # parts of an input that has changed since
 REMOVING = ".removing"
 JSONL = "captions.jsonl"
@@ -284,6 +285,7 @@ def claim(out: Path, job: dict[str, Any], marks: Sequence[str]) -> Output:
         raise RunError(what, where=str(out / MANIFEST), mend=mend)
     out.mkdir(parents=True, exist_ok=True)
     clear_leftovers(out)
+    shutil.rmtree(out / LEASES, ignore_errors=True)
     old = Old(out)
     if before and before.get("input") != job["input"]:
         old.put_away()
@@ -345,7 +347,7 @@ def remove(out: Path) -> None:
         for row in rows:
             _remove_text(out, row.key)
     clear_leftovers(out)
-    for folder in (WORK, OLD):
+    for folder in (WORK, OLD, LEASES):
         shutil.rmtree(out / folder, ignore_errors=True)
     names = (out / name for name in (JSONL, STATUS, LISTING, JOURNAL, MANIFEST, REMOVING))
     for path in [*caption_shards(out), *names]:

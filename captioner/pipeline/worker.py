@@ -197,8 +197,7 @@ class Worker:
         ):
             self._images.wait_for(Path(shard.location))
         self._shards[shard.index] = opened = _Shard(log, have)
-        if have:
-            self._emit(("had", shard.index, len(have)))
+        self._emit(("had", shard.index, len(have)))
         return opened
 
     def _read(self, task: Task) -> None:
@@ -377,8 +376,8 @@ class Worker:
             return row
         kept = [text for text in statements if p_yes[text] >= self.settings.config.caption.drop]
         if not kept:
-            update = {"caption": None, "finish_reason": None, "error": "every statement was refuted"}
-            return row.model_copy(update=update)
+            why = {"error": "every statement was refuted", "fault": "image"}
+            return row.model_copy(update={"caption": None, "finish_reason": None, **why})
         return row if len(kept) == len(statements) else row.model_copy(update={"caption": ", ".join(kept)})
 
     def _outcome(self, sha: str, candidate: Candidate) -> CaptionRow:
@@ -428,9 +427,12 @@ class Worker:
         if shard.count is None or len(shard.have) < shard.count:
             return
         rows, _ = shard.log.read()
+        del self._shards[index]
+        if len(rows) < shard.count:  # a worker of a job that was killed went on for a moment, and published
+            self._emit(("stopped", index))
+            return
         self._output.write(index, [rows[number] for number in range(shard.count)])
         shard.log.remove()
-        del self._shards[index]
         self._emit(("published", index, Tally.of(rows.values())))
 
 
