@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import socket
 import time
 from collections import Counter
@@ -145,6 +146,7 @@ def _run(config: Config, args: Job) -> None:
     lost, had = _caption(settings, args, shards, found)
     if args.join:
         found = Output(args.out)
+        source.listing.unlink(missing_ok=True)
     elif not lost:
         output.Old(args.out).remove()
     if args.format == "jsonl":
@@ -191,15 +193,17 @@ class _Source:
         self.spec = str(resolve(args.input, cache=args.out / ".scenes")) if drawn else args.input
         self.rows, self.join = config.caption.shard_rows, args.join
         self.others: Counter[str] = Counter()
+        self.listing = Path()
 
     def look(self) -> None:
         """Raises DataError where there is nothing to read."""
         open_source(self.spec, shard_rows=self.rows)
 
     def shards(self, out: Path | None = None) -> list[ShardRef]:
-        """The shards in order; the listing of a folder lies in the output, one for each machine."""
-        name = f"{output.LISTING}.{socket.gethostname()}" if self.join else output.LISTING
-        index = out / name if out else None
+        """The shards in order; the listing of a folder lies in the output, one for each that joins."""
+        mine = f".{socket.gethostname()}-{os.getpid()}" if self.join else ""
+        self.listing = (out or Path()) / f"{output.LISTING}{mine}"
+        index = self.listing if out else None
         return list(open_source(self.spec, shard_rows=self.rows, index=index, others=self.others))
 
 
@@ -223,9 +227,7 @@ def _settings(config: Config, args: Job, checkpoint: Path, job: dict[str, Any]) 
     )
 
 
-def _job(
-    config: Config, args: Job, shards: list[ShardRef], checkpoint: Path
-) -> dict[str, Any]:
+def _job(config: Config, args: Job, shards: list[ShardRef], checkpoint: Path) -> dict[str, Any]:
     """What determines the rows: nothing that is not in here changes them, anything that is does."""
     sampling = config.caption.sampling
     settings: dict[str, Any] = {
