@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from captioner.config import Config, SamplingConfig
 from captioner.engines import CaptionRequest, Engine, QuestionBatch, YesNo
@@ -20,6 +20,7 @@ from captioner.pipeline.local import executor
 from captioner.pipeline.prepare import Preparation, cores
 from captioner.records import Candidate, Failed
 from captioner.runs import world_size
+from captioner.sources.folder import EXTRA_SUFFIXES
 from captioner.views import BadImage, Cut
 
 
@@ -30,6 +31,8 @@ class Row(Protocol):
     def key(self) -> str: ...
     @property
     def path(self) -> Path: ...
+    @property
+    def error(self) -> str | None: ...  # why there is no such image
 
 
 RowT = TypeVar("RowT", bound=Row)
@@ -68,21 +71,21 @@ def caption_images(
 ) -> Iterator[tuple[RowT, list[Candidate] | Failed]]:
     """``n`` captions of every image, or why there are none: every row once, those that fail a little late."""
     shown: deque[RowT] = deque()
-    failed: deque[tuple[RowT, Failed]] = deque()
+    failed: _Failures[RowT] = _Failures()
 
     def requests() -> Iterator[CaptionRequest]:
-        for row, picture, sample in _pictures(rows, pictures, failed):
+        for row, picture, sample in load(rows, pictures, failed.add):
             shown.append(row)
             yield CaptionRequest(row.key, picture, sample)
 
     for candidates in engine.sample(requests(), n, sampling):
-        yield from _all(failed)
+        yield from failed.all()
         row, error = shown.popleft(), next((each.error for each in candidates if each.error), None)
         if error:  # of an image with fewer captions than the others no votes can be counted
             yield row, Failed(sample=candidates[0].sample, key=row.key, reason=error)
         else:
             yield row, candidates
-    yield from _all(failed)
+    yield from failed.all()
 
 
 def ask(
@@ -96,30 +99,48 @@ def ask(
     An answer that a server could not give is NaN.
     """
     shown: deque[tuple[RowT, str, Cut]] = deque()
-    failed: deque[tuple[RowT, Failed]] = deque()
+    failed: _Failures[RowT] = _Failures()
 
     def requests() -> Iterator[QuestionBatch]:
-        for row, picture, sample in _pictures(rows, pictures, failed):
+        for row, picture, sample in load(rows, pictures, failed.add):
             shown.append((row, sample, picture))
             yield QuestionBatch(picture, list(questions(row)))
 
     for answers in engine.p_yes(requests()):
-        yield from _all(failed)
+        yield from failed.all()
         row, sample, picture = shown.popleft()
         yield row, Answered(sample, picture, answers)
-    yield from _all(failed)
+    yield from failed.all()
 
 
-def _pictures(
-    rows: Iterable[RowT], pictures: Preparation, failed: deque[tuple[RowT, Failed]]
+def load(
+    rows: Iterable[RowT], pictures: Preparation, failed: Callable[[RowT, str], None]
 ) -> Iterator[tuple[RowT, Cut, str]]:
-    for row, ready in pictures.ahead(rows, lambda row: row.path):
+    """(row, picture, sha256 of its bytes) of each image that can be read; ``failed`` hears of the others."""
+
+    def readable() -> Iterator[RowT]:
+        for row in rows:
+            if row.error:
+                failed(row, row.error)
+            else:
+                yield row
+
+    for row, ready in pictures.ahead(readable(), lambda row: row.path):
         if isinstance(ready, BadImage):
-            failed.append((row, Failed(sample="", key=row.key, reason=ready.reason)))
+            failed(row, EXTRA_SUFFIXES.get(row.path.suffix.lower(), ready.reason))
         else:
             yield row, *ready
 
 
-def _all(failed: deque[tuple[RowT, Failed]]) -> Iterator[tuple[RowT, Failed]]:
-    while failed:
-        yield failed.popleft()
+class _Failures(Generic[RowT]):
+    """Rows without a picture, until they are told of."""
+
+    def __init__(self) -> None:
+        self._rows: list[tuple[RowT, Failed]] = []
+
+    def add(self, row: RowT, reason: str) -> None:
+        self._rows.append((row, Failed(sample="", key=row.key, reason=reason)))
+
+    def all(self) -> list[tuple[RowT, Failed]]:
+        told, self._rows = self._rows, []
+        return told
