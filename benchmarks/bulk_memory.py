@@ -95,8 +95,8 @@ def read(shard: ShardRef) -> Iterator[Item]:
 
 def job(rows: int, answer: Any) -> None:
     workers.read_shard = read  # the images of a source that needs no disk
-    settings = Settings(Config(), Path(), "m", "c")
     with tempfile.TemporaryDirectory() as folder:
+        settings = Settings(Config(), Path(), "m", "c", out=Path(folder))
         output = Output(Path(folder))
         shards = (
             ShardRef(i, str(i), "made", "", i * SHARD_ROWS, SHARD_ROWS) for i in range(rows // SHARD_ROWS)

@@ -20,6 +20,7 @@ import sys
 import tarfile
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,7 @@ def main() -> None:
             out.mkdir()
             output = Output(out)
             watch = Watch(config.caption, output, shards=SHARDS, images=count, bar=Progress())
+            settings = replace(settings, out=out)
             pool = Timed(settings, processes)
             source = write(Path(folder, f"a-{turn}"), count, 2 * turn * count)
             Coordinator(pool, 1, iter(open_source(source)), settings, output, watch).run()

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, Self, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
-from captioner.errors import ConfigError
+from captioner.errors import ConfigError, masked
 
 
 class Section(BaseModel):
@@ -478,6 +478,12 @@ class CaptionConfig(Section):
     ray_address: str | None = None
     """Ray cluster to join, such as `auto`; None = the one in RAY_ADDRESS, else a new one on this machine."""
     tripwires: TripwireConfig = TripwireConfig()
+    prepare_seconds: float = Field(60.0, gt=0)
+    """Seconds that one image may take to be read and cut; then its process is ended, and the image fails."""
+    memory: float = Field(4.0, gt=0)
+    """GiB that images on their way to the engines may take on one machine; half of it for a single image."""
+    outage: float = Field(3600.0, ge=0)
+    """Seconds to wait for a disk of the input that is gone; then the job stops, to be begun again."""
 
     @model_validator(mode="after")
     def _sampled(self) -> Self:
@@ -567,7 +573,7 @@ def values(section: BaseModel, prefix: str = "") -> Iterator[tuple[str, object]]
 def shown(value: object) -> str:
     """A field's value as it is typed on the command line."""
     if isinstance(value, tuple):
-        return ",".join(map(str, value))
+        return masked(",".join(map(str, value)))
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 

@@ -1,5 +1,20 @@
 """Errors a person can mend: what is wrong, where, and the command that mends it."""
 
+import re
+import signal
+
+_PASSWORD = re.compile(r"(?<=://)[^/@\s]+(?=@)")
+
+
+def masked(text: str) -> str:
+    """The text without the names and passwords of addresses such as ``https://name:password@host``."""
+    return _PASSWORD.sub("***", text)
+
+
+def printable(text: str) -> str:
+    """Text of somebody else on one line: no character that a terminal obeys."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
 
 class CaptionerError(Exception):
     """Base of every typed error. ``exit_code`` is what the command line returns."""
@@ -16,7 +31,8 @@ class CaptionerError(Exception):
             lines.append(f"  where: {self.where}")
         if self.mend:
             lines.append(f"  mend:  {self.mend}")
-        return "\n".join(lines)
+        text = masked("\n".join(lines))
+        return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
 
 
 class UserError(CaptionerError):
@@ -53,3 +69,11 @@ class Refused(CaptionerError):
     """A gate refused, or more rows failed than the limit allows; exits 3."""
 
     exit_code = 3
+
+
+class Ended(BaseException):
+    """A signal asked this process to end."""
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.exit_code = 128 + number  # as a shell has it

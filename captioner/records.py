@@ -141,6 +141,7 @@ class CaptionRow(Record):
     error: str | None = None
     statements: list[str] | None = None  # where the caption was verified: what it stated, in order
     p_yes: list[float] | None = None  # and the probability of "yes" for each
+    fault: str | None = None  # of an error: "image", or "world" (a disk, a server): to be tried again
 
 
 RecordT = TypeVar("RecordT", bound=Record)

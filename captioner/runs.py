@@ -6,18 +6,20 @@ and a stage's ``stage.json`` comes last. A stage killed at any point continues w
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import cache, lru_cache
 from importlib import metadata
@@ -29,7 +31,7 @@ from pydantic import BaseModel
 
 from captioner import __version__
 from captioner.config import Config, load_json
-from captioner.errors import DataError, RunError
+from captioner.errors import DataError, Ended, RunError, masked
 from captioner.records import RecordT, read_parquet, write_parquet
 
 if TYPE_CHECKING:
@@ -207,6 +209,29 @@ def end_with(parent: int, end: Callable[[], None]) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+@contextmanager
+def ending() -> Generator[None, None, None]:
+    """SIGTERM and SIGHUP raise Ended meanwhile, so that what is open is closed; the second one ends at once.
+
+    A signal that is ignored (nohup) stays so. Nothing happens outside the main thread.
+    """
+
+    def end(number: int, _frame: object) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        raise Ended(number)
+
+    taken = []
+    if threading.current_thread() is threading.main_thread():
+        taken = [s for s in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) is signal.SIG_DFL]
+    for number in taken:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
+
+
 # ---------------------------------------------------------------- shards
 
 
@@ -351,23 +376,55 @@ def _seeds(section: Any, name: str = "") -> dict[str, int]:
 # ---------------------------------------------------------------- runs
 
 
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)
+# what a disk says: it is full, over its quota, read-only, not ours, broken, gone
+DISK = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO),
+    *(errno.ESTALE, errno.ENODEV, errno.ENXIO, errno.ETIMEDOUT, errno.ENOTCONN),
+)
+
+
+@contextmanager
+def writing(path: Path) -> Generator[None, None, None]:
+    """Turns what a disk refuses meanwhile into RunError; whatever is resumable goes on once it is mended."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
+        raise RunError(
+            f"the disk refuses: {os.strerror(error.errno)}",
+            where=str(error.filename or path),
+            mend="make room, or let it be written; the same command then goes on",
+        ) from error
+
+
 class _Lock:
     """Holds a directory for this process while it is referred to; the system releases it of a killed one."""
 
-    def __init__(self, path: Path, what: str, flag: str):
-        self.file = (path / ".lock").open("w")
+    def __init__(self, path: Path, what: str, flag: str, shared: bool):
         try:
+            self.file = (path / ".lock").open("a+")
             # lockf and not flock: forked data workers must not hold the run after their parent was killed
-            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(self.file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise RunError(
                 f"another process works in this {what}",
                 where=str(path),
                 mend=f"wait for it, or use another {flag}",
             ) from error
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            raise RunError(
+                f"no locks on this file system, to keep two processes out of one {what}: {error.strerror}",
+                where=str(path),
+                mend=f"mount it with locks (NFS: version 4, or without nolock), or use another {flag}",
+            ) from error
 
     def __del__(self) -> None:
-        self.file.close()
+        with suppress(AttributeError):  # it could not be opened
+            self.file.close()
 
 
 _LOCKS: WeakValueDictionary[Path, _Lock] = (
@@ -375,10 +432,13 @@ _LOCKS: WeakValueDictionary[Path, _Lock] = (
 )  # closing a second handle would release the first
 
 
-def lock(path: Path, what: str = "run", flag: str = "--run DIR") -> _Lock:
-    """Hold a directory for this process, or raise RunError where another one does."""
+def lock(path: Path, what: str = "run", flag: str = "--run DIR", shared: bool = False) -> _Lock:
+    """Hold a directory for this process, or raise RunError where another one does.
+
+    ``shared``: for this process and others that share it.
+    """
     place = path.resolve()
-    held = _LOCKS.get(place) or _Lock(place, what, flag)
+    held = _LOCKS.get(place) or _Lock(place, what, flag, shared)
     _LOCKS[place] = held
     return held
 
@@ -498,7 +558,7 @@ class Run:
             "config_hash": config_hash(self.config),
         }
         atomic_write_json(file, about)
-        atomic_write_json(self.path / "config.json", self.config.model_dump(mode="json"))
+        atomic_write_text(self.path / "config.json", masked(self.config.model_dump_json(indent=2)) + "\n")
 
 
 RunDir = Run | Path | str  # how a command names the run it works in

@@ -8,21 +8,32 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL.Jpeg2KImagePlugin import Jpeg2KImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 
 from captioner.config import ViewsConfig
 from captioner.errors import DataError
 
 # What may be decoded; not formats that start other programs (EPS) or have no mark to know them by (TGA).
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "PPM", "ICO")
+FORMATS: tuple[str, ...] = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "PPM", "ICO")
+try:
+    import pillow_heif  # type: ignore[import-not-found, import-untyped]
+except ImportError:
+    pass
+else:
+    pillow_heif.register_heif_opener()
+    FORMATS += ("HEIF",)
+HEIC = tuple(b"ftyp" + brand for brand in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1"))
 MAX_BYTES = 1 << 29  # of a file
 MAX_SIDE = 20_000  # pixels
 MAX_PIXELS = 178_956_970  # where Pillow itself refuses: 3 bytes each are half a gigabyte
@@ -33,15 +44,25 @@ MIN_SIDE = 2  # pixels: a 1 px wide image is a tracking pixel or a ruler, and ha
 # bicubic filter itself blurs.
 SLACK = 0.05
 JPEG_SCALES = (8, 4, 2)  # that the decoder can divide by
+# A scan of a progressive JPEG costs a pass over the whole image and takes a few bytes; encoders write ten.
+MAX_SCANS = 500
+SCAN = re.compile(rb"\xff\xda\x00(?:\x08\x01|\x0a\x02|\x0c\x03|\x0e\x04)")
+LEVELS = re.compile(rb"\xff\x4f\xff\x51.*?\xff\x52.{7}(.)", re.S)  # JPEG 2000: of resolution, in COD
+STRIP = 1 << 20  # pixels that are converted at once
+
+Room = Callable[[int], AbstractContextManager[None]]  # holds so many bytes of the machine's memory
 
 QUADRANTS = ("top left", "top right", "bottom left", "bottom right")
 
 
 class BadImage(DataError):
-    """An image file that cannot be captioned; ``reason`` is what its row records."""
+    """An image file that cannot be captioned; ``reason`` is what its row records.
 
-    def __init__(self, reason: str):
-        self.reason = reason
+    ``world``: the fault is not the image's, and another time it may be read.
+    """
+
+    def __init__(self, reason: str, world: bool = False):
+        self.reason, self.world = reason, world
         super().__init__(f"bad image: {reason}")
 
 
@@ -110,8 +131,13 @@ def cut(image: Picture, views: Sequence[View]) -> list[Image.Image]:
     """
     if isinstance(image, Cut):
         return [image.parts[view] for view in views]
+    whole = (0, 0, *image.size)
     return [
-        image.crop(view.box).resize((view.width, view.height), Image.Resampling.BICUBIC) for view in views
+        # of the whole image no copy is made: it may be most of what there is room for
+        (image if view.box == whole else image.crop(view.box)).resize(
+            (view.width, view.height), Image.Resampling.BICUBIC
+        )
+        for view in views
     ]
 
 
@@ -126,17 +152,22 @@ def load_image(source: Path | bytes) -> tuple[Image.Image, str]:
     return decode(data), hashlib.sha256(data).hexdigest()
 
 
-def prepare(source: Path | bytes, spec: ViewSpec, reduced: bool = True) -> tuple[Cut, str]:
+def prepare(
+    source: Path | bytes, spec: ViewSpec, reduced: bool = True, room: Room = lambda size: nullcontext()
+) -> tuple[Cut, str]:
     """Read an image and cut its views: (views, sha256 hex of the file's bytes).
 
-    With ``reduced`` a JPEG is decoded at a half, a quarter or an eighth of its size where every view still
-    has its pixels; the views are planned on the whole image all the same. Raises :class:`BadImage` as
-    :func:`load_image` does.
+    With ``reduced`` a JPEG (also JPEG 2000) is decoded at a half, a quarter or an eighth of its size where
+    every view still has its pixels; the views are planned on the whole image all the same. ``room`` is held
+    while the image is in memory. Raises :class:`BadImage` as :func:`load_image` does.
     """
     data = source if isinstance(source, bytes) else read_bytes(source)
-    image, (width, height) = _decode(data, spec if reduced else None)
-    views = spec.plan(width, height)
-    parts = cut(image, [_scaled(view, image.width / width, image.height / height) for view in views])
+    with ExitStack() as held:
+        image, (width, height) = _decode(
+            data, spec if reduced else None, lambda size: held.enter_context(room(size))
+        )
+        views = spec.plan(width, height)
+        parts = cut(image, [_scaled(view, image.width / width, image.height / height) for view in views])
     return Cut((width, height), dict(zip(views, parts, strict=True))), hashlib.sha256(data).hexdigest()
 
 
@@ -152,22 +183,27 @@ def read_bytes(path: Path) -> bytes:
     """The bytes of an image file; :class:`BadImage` where it cannot be read, is empty or is too large."""
     try:
         if not path.is_file():  # a pipe or a device would block
-            raise BadImage("not a regular file" if path.exists() else "no such file")
+            raise BadImage("not a regular file") if path.exists() else BadImage("no such file", world=True)
         size = path.stat().st_size
         if size > MAX_BYTES:
             raise BadImage(f"file too large: {size:,} bytes, limit {MAX_BYTES:,}")
         return path.read_bytes()
     except OSError as error:
-        raise BadImage(f"cannot be read: {error.strerror or error}") from error
+        raise BadImage(f"cannot be read: {error.strerror or error}", world=True) from error
 
 
 def decode(data: bytes) -> Image.Image:
     """Decode the bytes of an image file to RGB; see :func:`load_image`."""
-    return _decode(data)[0]
+    return _decode(data)[0].convert("RGB")  # and no longer the file that was opened
 
 
-def _decode(data: bytes, spec: ViewSpec | None = None) -> tuple[Image.Image, tuple[int, int]]:
-    """(RGB image, size of the whole image); smaller than whole where ``spec`` allows it."""
+def _decode(
+    data: bytes, spec: ViewSpec | None = None, room: Callable[[int], None] = lambda size: None
+) -> tuple[Image.Image, tuple[int, int]]:
+    """(RGB image, size of the whole image); smaller than whole where ``spec`` allows it.
+
+    ``room`` hears how many bytes the image will take before its pixels are decoded.
+    """
     if not data:
         raise BadImage("empty file")
     # Pillow warns about sizes that the limits here allow and about metadata that nobody reads here.
@@ -177,17 +213,20 @@ def _decode(data: bytes, spec: ViewSpec | None = None) -> tuple[Image.Image, tup
             with Image.open(BytesIO(data), formats=FORMATS) as image:
                 _check_size(image.width, image.height)
                 image.seek(0)
-                size = None
-                if spec is not None and isinstance(image, JpegImageFile):
+                size, shift, whole = None, 0, image.width * image.height
+                if isinstance(image, JpegImageFile) and (scans := len(SCAN.findall(data))) > MAX_SCANS:
+                    raise BadImage(f"too many scans: {scans:,}, limit {MAX_SCANS}")
+                if spec is not None and isinstance(image, JpegImageFile | Jpeg2KImageFile):
                     size = (image.height, image.width) if _turned(image) else image.size
-                    _draft(image, _reduction(spec.plan(*size)))
+                    shift = _draft(image, _reduction(spec.plan(*size)), data)
+                room(len(data) + _cost(image, whole, shift))
                 image.load()
                 shown = _rgb(_upright(image))
                 return shown, size or shown.size
         except BadImage:
             raise
         except UnidentifiedImageError as error:
-            raise BadImage("not an image of a known format") from error
+            raise BadImage(_unknown(data)) from error
         except Image.DecompressionBombError as error:
             raise BadImage(f"too many pixels, limit {MAX_PIXELS:,}") from error
         except MemoryError as error:
@@ -195,6 +234,15 @@ def _decode(data: bytes, spec: ViewSpec | None = None) -> tuple[Image.Image, tup
         except Exception as error:  # the boundary: decoders raise whatever broken bytes make them raise
             reason = " ".join(str(error).split()) or type(error).__name__
             raise BadImage(f"cannot be decoded: {reason[:200]}") from error
+
+
+def _unknown(data: bytes) -> str:
+    """Why bytes are no image, with a name for those formats that photographs come in."""
+    if data[4:12] in HEIC:
+        return "HEIC, for which pillow-heif is missing (pip install 'captioner[heif]')"
+    if data[:2] == b"\xff\x0a" or data[4:12] == b"JXL \x0d\x0a\x87\x0a":
+        return "JPEG XL, which is not read"
+    return "not an image of a known format"
 
 
 def _check_size(width: int, height: int) -> None:
@@ -217,47 +265,92 @@ def _reduction(views: Sequence[View]) -> float:
     return min(spare) / (1 - SLACK)
 
 
-def _draft(image: JpegImageFile, reduction: float) -> None:
-    """Let the decoder leave out frequencies: the image becomes at most ``reduction`` times smaller."""
+def _draft(image: JpegImageFile | Jpeg2KImageFile, reduction: float, data: bytes) -> int:
+    """Let the decoder leave out frequencies: the image becomes at most ``reduction`` times smaller.
+
+    Returns how often it will be halved once it is loaded.
+    """
     scale = next((scale for scale in JPEG_SCALES if scale <= reduction), 1)
-    if scale > 1:
-        image.draft(image.mode, (image.width // scale, image.height // scale))
+    if isinstance(image, JpegImageFile):
+        if scale > 1:
+            image.draft(image.mode, (image.width // scale, image.height // scale))
+        return 0  # its size is the smaller one at once
+    levels = LEVELS.search(data)
+    shift = min(scale.bit_length() - 1, levels[1][0]) if levels else 0
+    image.reduce = shift
+    return shift
 
 
-def _turned(image: JpegImageFile) -> bool:
+def _cost(image: Image.Image, whole: int, shift: int) -> int:
+    """Bytes of memory that an image takes while it is decoded and cut, at most; ``whole``: its pixels."""
+    pixels = image.width * image.height >> 2 * shift
+    if isinstance(image, JpegImageFile) and "progressive" in image.info:
+        return 10 * pixels + 6 * whole  # all coefficients are held, however small it is decoded
+    if isinstance(image, Jpeg2KImageFile):
+        return 22 * pixels  # 12 of the decoder
+    return 10 * pixels  # 4 each as decoded and as converted or turned, and the quarters that are cut
+
+
+def _turned(image: Image.Image) -> bool:
     """Whether the EXIF orientation swaps width and height."""
+    return _orientation(image) in (5, 6, 7, 8)
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation, 1 = upright; broken EXIF data say nothing about the pixels."""
     try:
-        return image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-    except Exception:  # as in _upright
-        return False
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:
+        return 1
 
 
 def _upright(image: Image.Image) -> Image.Image:
+    if _orientation(image) == 1:
+        return image
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # broken EXIF data say nothing about the pixels, which are already decoded
+    except Exception:  # as in _orientation
         return image
 
 
 def _rgb(image: Image.Image) -> Image.Image:
+    """In strips where that needs more than the image and its RGB."""
     if image.mode.startswith("I") or image.mode == "F":
         image = _eight_bits(image)
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")  # the alpha channel is opaque by now; palette, CMYK, YCbCr, 1 bit
+        opaque = Image.new("RGB", image.size)
+        for box in _strips(image):
+            strip = image.crop(box).convert("RGBA")
+            strip = Image.alpha_composite(Image.new("RGBA", strip.size, "white"), strip)
+            opaque.paste(strip.convert("RGB"), box)
+        return opaque
+    return image if image.mode == "RGB" else image.convert("RGB")  # palette, CMYK, YCbCr, gray, 1 bit
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
     """16 bits hold 0..65535; for 32-bit integers and floats the range is the one that the image uses."""
-    values = np.asarray(image).astype(np.float64)
-    if image.mode.startswith("I;16"):
-        low, high = 0.0, 65535.0
-    else:
-        values = np.nan_to_num(values, posinf=0.0, neginf=0.0)
-        low, high = float(values.min()), float(values.max())
-    scaled = (values - low) * (255.0 / (high - low)) if high > low else np.zeros_like(values)
-    return Image.fromarray(np.rint(scaled).astype(np.uint8))
+
+    def values(box: tuple[int, int, int, int]) -> np.ndarray:
+        wide = np.asarray(image.crop(box)).astype(np.float64)
+        return wide if sixteen else np.nan_to_num(wide, posinf=0.0, neginf=0.0)
+
+    sixteen = image.mode.startswith("I;16")
+    low, high = 0.0, 65535.0
+    if not sixteen:
+        ends = [(float(part.min()), float(part.max())) for part in map(values, _strips(image))]
+        low, high = min(low for low, _ in ends), max(high for _, high in ends)
+    gray = Image.new("L", image.size)
+    for box in _strips(image) if high > low else ():
+        scaled = (values(box) - low) * (255.0 / (high - low))
+        gray.paste(Image.fromarray(np.rint(scaled).astype(np.uint8)), box)
+    return gray
+
+
+def _strips(image: Image.Image) -> Iterator[tuple[int, int, int, int]]:
+    """Boxes of whole rows that cover an image."""
+    rows = max(1, STRIP // image.width)
+    for top in range(0, image.height, rows):
+        yield 0, top, image.width, min(top + rows, image.height)
 
 
 def _tiles(width: int, height: int, grid: int, overlap: float) -> list[tuple[str, tuple[int, int, int, int]]]:

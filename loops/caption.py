@@ -10,25 +10,30 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import socket
 import time
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from filelock import FileLock
+
 from captioner import laboratory, prompts
 from captioner.config import Config
-from captioner.errors import CheckpointError, ConfigError, Refused
+from captioner.errors import CheckpointError, ConfigError, Ended, Refused
 from captioner.pipeline import output
 from captioner.pipeline.coordinator import Coordinator, Pool
+from captioner.pipeline.leases import Leases
 from captioner.pipeline.local import LocalPool, devices
 from captioner.pipeline.output import Output
+from captioner.pipeline.prepare import cores
 from captioner.pipeline.watch import Watch
 from captioner.pipeline.worker import Settings
-from captioner.runs import Run, RunDir, checkpoint_path, hash_path, lock, progress
+from captioner.runs import Run, RunDir, checkpoint_path, ending, hash_path, lock, progress, writing
 from captioner.sources import resolve
-from captioner.sources.folder import read_captions, write_jsonl, write_sidecars
+from captioner.sources.folder import read_captions, write_jsonl
 from captioner.sources.source import ShardRef, open_source
 from loops.stages import StagePlan
 
@@ -47,6 +52,8 @@ class Job:
     verify: bool = False
     drop_refuted: bool = False
     estimate: int | None = None
+    retry_failed: bool = False
+    join: bool = False
     redo: bool = False
 
 
@@ -70,6 +77,8 @@ def caption(
     verify: bool = False,
     drop_refuted: bool = False,
     estimate: int | None = None,
+    retry_failed: bool = False,
+    join: bool = False,
     redo: bool = False,
 ) -> Path:
     """Caption a data set; returns its output folder.
@@ -86,6 +95,8 @@ def caption(
         verify: Ask about every statement: adds the columns `statements` and `p_yes`.
         drop_refuted: Verify, and leave statements below `caption.drop` out of the captions.
         estimate: Time this many images through every stage and print the total; writes nothing.
+        retry_failed: Try every failed image again; else those that a disk, a network or a server failed.
+        join: Several machines give this command with one `out` on a file system that they share.
         redo: Remove what an earlier job wrote to `out`.
 
     Raises:
@@ -102,10 +113,13 @@ def caption(
         verify=verify,
         drop_refuted=drop_refuted,
         estimate=estimate,
+        retry_failed=retry_failed,
+        join=join,
         redo=redo,
     )
     if estimate is None:
-        _run(config, args)
+        with ending(), writing(args.out):
+            _run(config, args)
     else:
         _estimate(config, args)
     return args.out
@@ -113,45 +127,84 @@ def caption(
 
 def _run(config: Config, args: Job) -> None:
     started = time.monotonic()
-    if config.caption.best_of > 1 and not (args.verify or args.drop_refuted):
-        raise ConfigError("caption.best_of needs the scores of --verify", mend="add --verify")
+    _check_flags(config, args)
     checkpoint = _checkpoint(config, args)
     output.check_free(args.out)
-    held = _lock(args.out) if args.out.is_dir() else None  # before anything of another job is removed
+    held = _lock(args) if args.out.is_dir() else None  # before anything of another job is removed
     source = _Source(config, args)
-    if args.redo:
+    if args.redo or output.half_removed(args.out):
         output.remove(args.out)
-    job, shards, images = _job(config, args, source, checkpoint)
+    source.look()
     args.out.mkdir(parents=True, exist_ok=True)
-    held = held or _lock(args.out)
-    found = output.claim(args.out, job)
-    settings = _settings(config, args, checkpoint, job)
+    held = held or _lock(args)
+    shards = source.shards(args.out)
+    with _setup(args):
+        found = _claim(config, args, shards, checkpoint)
+    settings = _settings(config, args, checkpoint, output.stored_job(args.out))
+    again = 0 if args.join else found.retry(args.retry_failed)
     before = found.tally.rows
-    lost = _caption(settings, args, source, found, shards, images)
+    lost, had = _caption(settings, args, shards, found)
+    if args.join:
+        found = Output(args.out)
+        source.listing.unlink(missing_ok=True)
+    elif not lost:
+        output.Old(args.out).remove()
     if args.format == "jsonl":
         write_jsonl(read_captions(args.out), args.out / output.JSONL)
     elif args.format == "txt":
-        write_sidecars(read_captions(args.out), args.out)
-    _report(found, config, before, time.monotonic() - started)
+        output.write_texts(args.out)
+    _report(found, config, before + had, again, source.others, time.monotonic() - started)
     del held
     _judge(found, config, lost)
 
 
-def _lock(out: Path) -> object:
+def _check_flags(config: Config, args: Job) -> None:
+    if config.caption.best_of > 1 and not (args.verify or args.drop_refuted):
+        raise ConfigError("caption.best_of needs the scores of --verify", mend="add --verify")
+    if args.join and (args.redo or args.retry_failed or args.format != "parquet"):
+        raise ConfigError(
+            "--join does not go with --redo, --retry-failed or --format",
+            mend="give the command without --join, before or after it",
+        )
+
+
+def _lock(args: Job) -> object:
     """Holds the output as long as it is referred to; RunError where another job does."""
-    return lock(out, "output", "--out")
+    return lock(args.out, "output", "--out", shared=args.join)
+
+
+def _setup(args: Job) -> AbstractContextManager[object]:
+    """One machine at a time says what the job is."""
+    return FileLock(args.out / ".setup") if args.join else nullcontext()
+
+
+def _claim(config: Config, args: Job, shards: list[ShardRef], checkpoint: Path) -> Output:
+    job = _job(config, args, shards, checkpoint)
+    if args.join and output.stored_job(args.out) == job:
+        return Output(args.out)  # which another machine has claimed, and may be working in
+    return output.claim(args.out, job, [shard.mark for shard in shards])
 
 
 class _Source:
-    """The shards of the input, in order, as often as they are asked for."""
+    """The input; ``others`` counts the files of a folder that are not taken for images."""
 
     def __init__(self, config: Config, args: Job):
         drawn = laboratory.of_source(args.input) is not None
         self.spec = str(resolve(args.input, cache=args.out / ".scenes")) if drawn else args.input
-        self.rows = config.caption.shard_rows
+        self.rows, self.join = config.caption.shard_rows, args.join
+        self.others: Counter[str] = Counter()
+        self.listing = Path()
 
-    def shards(self) -> Iterator[ShardRef]:
-        return iter(open_source(self.spec, shard_rows=self.rows))
+    def look(self) -> None:
+        """Raises DataError where there is nothing to read."""
+        open_source(self.spec, shard_rows=self.rows)
+
+    def shards(self, out: Path | None = None) -> list[ShardRef]:
+        """The shards in order; the listing of a folder lies in the output, one for each that joins."""
+        mine = f".{socket.gethostname()}-{os.getpid()}" if self.join else ""
+        self.listing = (out or Path()) / f"{output.LISTING}{mine}"
+        index = self.listing if out else None
+        return list(open_source(self.spec, shard_rows=self.rows, index=index, others=self.others))
 
 
 def _checkpoint(config: Config, args: Job) -> Path:
@@ -168,21 +221,14 @@ def _checkpoint(config: Config, args: Job) -> Path:
 
 def _settings(config: Config, args: Job, checkpoint: Path, job: dict[str, Any]) -> Settings:
     verify = args.verify or args.drop_refuted
-    return Settings(config, checkpoint, job["checkpoint"], job["config"], verify, args.drop_refuted)
+    refute = args.drop_refuted
+    return Settings(
+        config, checkpoint, job["checkpoint"], job["config"], verify, refute, out=args.out.absolute()
+    )
 
 
-def _job(
-    config: Config, args: Job, source: _Source, checkpoint: Path
-) -> tuple[dict[str, Any], int, int | None]:
-    """What determines the rows (nothing that is not in here changes them, anything that is does), the number
-    of shards, and the number of images where the source knows it."""
-    listing, shards, images = hashlib.sha256(), 0, 0
-    known = True
-    for shard in source.shards():
-        listing.update(json.dumps([*vars(shard).values(), _size(shard.location)]).encode())
-        shards += 1
-        known &= shard.rows is not None
-        images += shard.rows or 0
+def _job(config: Config, args: Job, shards: list[ShardRef], checkpoint: Path) -> dict[str, Any]:
+    """What determines the rows: nothing that is not in here changes them, anything that is does."""
     sampling = config.caption.sampling
     settings: dict[str, Any] = {
         "views": config.views.model_dump(mode="json"),
@@ -199,14 +245,14 @@ def _job(
     # hashing a large checkpoint takes minutes: its hash is kept with the files' sizes and times
     same = before.get("checkpoint_files") == files
     job = {
-        "input": listing.hexdigest(),
+        "input": hashlib.sha256(json.dumps([shard.mark for shard in shards]).encode()).hexdigest(),
         "checkpoint": before["checkpoint"] if same else hash_path(checkpoint),
         "checkpoint_files": files,
         "settings": settings,
         "config": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
         "shard_rows": config.caption.shard_rows,
     }
-    return job, shards, images if known else None
+    return job
 
 
 def _stamps(checkpoint: Path) -> str:
@@ -216,35 +262,28 @@ def _stamps(checkpoint: Path) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _size(location: str) -> int:
-    """Bytes of a shard that is a file, -1 for any other."""
-    try:
-        return os.stat(location).st_size
-    except (OSError, ValueError):
-        return -1
-
-
 # ---------------------------------------------------------------- captioning
 
 
 def _caption(
-    settings: Settings,
-    args: Job,
-    source: _Source,
-    found: Output,
-    shards: int,
-    images: int | None,
-) -> list[tuple[str, str]]:
-    """Write every missing shard; returns those that cannot be read. A finished job loads no model."""
-    missing = shards - len(found.done)
+    settings: Settings, args: Job, shards: list[ShardRef], found: Output
+) -> tuple[list[tuple[str, str]], int]:
+    """Write every missing shard; returns those that cannot be read, and how many rows the others had.
+
+    A finished job loads no model.
+    """
+    missing = len(shards) - len(found.done)
     if not missing:
-        return []
-    caption = settings.config.caption
+        return [], 0
+    known = [shard.rows for shard in shards if shard.rows is not None]
+    images = sum(known) if len(known) == len(shards) else None
     left = 0 if images is None else images - found.tally.rows
     with progress("captioning", left) as bar:
-        watch = Watch(caption, found, shards=shards, images=images, bar=bar)
+        watch = Watch(settings.config.caption, found, shards=len(shards), images=images, bar=bar)
+        before = watch.before
         pool, workers = _pool(settings, args, missing)
-        coordinator = Coordinator(pool, workers, source.shards(), settings, found, watch)
+        leases = Leases(args.out / output.LEASES) if args.join else None
+        coordinator = Coordinator(pool, workers, iter(shards), settings, found, watch, leases)
         state = "failed"
         try:
             watch.tick(force=True)
@@ -254,15 +293,19 @@ def _caption(
         except Refused:
             state = "stopped"
             raise
+        except (Ended, KeyboardInterrupt):
+            state = "interrupted"
+            raise
         finally:
             watch.tick(state=state, force=True)
-    return coordinator.lost
+    return coordinator.lost, watch.before - before
 
 
 def _pool(settings: Settings, args: Job, missing: int) -> tuple[Pool, int]:
     """Where the workers run, and how many there are: no more than shards are missing."""
     if args.runner == "local":
         workers = min(_workers(settings.config, args), missing)
+        settings = replace(settings, workers=workers)
         return LocalPool(settings, _processes(settings.config, workers)), workers
     from captioner.pipeline import cluster
 
@@ -279,13 +322,21 @@ def _processes(config: Config, workers: int) -> int:
     """Processes that prepare images for each worker of this machine."""
     if config.caption.prepare_processes is not None:
         return config.caption.prepare_processes
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // workers - 1)
+    return max(1, cores() // workers - 1)
 
 
-def _report(found: Output, config: Config, before: int, seconds: float) -> None:
-    """Print the closing line."""
+def _report(
+    found: Output, config: Config, before: int, again: int, others: Counter[str], seconds: float
+) -> None:
+    """Print the closing line, and what is not in it."""
     tally = found.tally
+    if others:
+        kinds = ", ".join(f"{n:,} {suffix or 'without one'}" for suffix, n in others.most_common(10))
+        print(f"{others.total():,} files are not taken for images, by their extension: {kinds}")
+    if again:
+        print(f"{again:,} shards had rows that failed and were tried again")
+    if tally.world:
+        print(f"{tally.world:,} images failed by no fault of theirs; the same command tries them again")
     parts = [f"{tally.rows - tally.failed:,} of {tally.rows:,} images captioned"]
     if before:
         parts.append(f"{before:,} of them before")
@@ -327,7 +378,7 @@ def _estimate(config: Config, args: Job) -> None:
     if args.estimate < 1:
         raise ConfigError(f"--estimate {args.estimate}: a number of images from 1")
     checkpoint = _checkpoint(config, args)
-    shards = list(_Source(config, args).shards())
+    shards = _Source(config, args).shards()
     verify = args.verify or args.drop_refuted
     settings = Settings(config, checkpoint, "", "", verify, args.drop_refuted)
     engine = make_engine(checkpoint, config)

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, get_type_hints
 
-from captioner.errors import CaptionerError, ConfigError
+from captioner.errors import CaptionerError, ConfigError, Ended
 
 if TYPE_CHECKING:  # pydantic and cyclopts take a third of a second, and `captioner --version` needs neither
     from cyclopts import App
@@ -90,7 +90,7 @@ HELP = ("-h", "--help", "--help-all")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0 done, 2 the user can mend it, 3 refused; 130, 141 cut short."""
+    """Run a command; returns the exit code: 0 done, 2 the user can mend it, 3 refused, 128 + N: a signal."""
     words = list(sys.argv[1:] if argv is None else argv)
     return _guarded(lambda: _run(words))
 
@@ -126,6 +126,9 @@ def _guarded(run: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print("interrupted; the same command continues where it stopped", file=sys.stderr)
         return 130
+    except Ended as error:
+        print(f"ended by {error}; the same command continues where it stopped", file=sys.stderr)
+        return error.exit_code
     except BrokenPipeError:  # the reader, `head` for instance, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141

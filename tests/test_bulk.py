@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -36,6 +37,7 @@ from captioner.pipeline.output import Output, Tally
 from captioner.pipeline.watch import Tripwires, repeats
 from captioner.pipeline.worker import Settings, Worker
 from captioner.records import Candidate, CaptionRow
+from captioner.runs import Run
 from captioner.sources.folder import read_captions
 from captioner.statements import split_statements
 from captioner.views import prepare
@@ -399,6 +401,38 @@ def test_what_a_worker_has_started_ends_with_it(end: str, monkeypatch: pytest.Mo
     assert not alive(worker) and not alive(engine)
 
 
+def test_a_shard_of_many_names_reaches_the_worker(tmp_path: Path, checkpoint: Path) -> None:
+    """More names than the pipe to a worker has room for: neither side waits for the other."""
+    source = tmp_path / "images"
+    source.mkdir()
+    for number in range(24_000):
+        (source / f"an-empty-file-with-a-name-of-40-letters-{number:05d}.png").touch()
+    done = subprocess.run(
+        [
+            sys.executable, "-c", "import sys; from loops import cli; sys.exit(cli.main(sys.argv[1:]))",
+            *words(source, tmp_path / "out", checkpoint, "--caption.shard_rows", "8000", "--max-failed", "1"),
+        ],
+        cwd=ROOT, timeout=300, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = rows(tmp_path / "out")
+    assert len(found) == 24_000 and {row.error for row in found} == {"empty file"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ends processes by SIGALRM")
+def test_an_image_that_takes_for_ever_is_a_row(
+    tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It keeps its process busy without an end; the deadline ends the process, not the worker."""
+    job = poisoned_job("prepare", tmp_path, checkpoint, monkeypatch, images=6, poison=3, processes=1)
+    monkeypatch.setattr(sys.modules[__name__], "end", lambda: time.sleep(600))
+    assert cli.main([*job, "--caption.prepare_seconds", "2"]) == 0
+    found = {row.key: row for row in rows(tmp_path / "out")}
+    assert found.pop("3").error == "took longer than 2 s to read"
+    assert found == {row.key: row for row in rows(tmp_path / "whole") if row.key != "3"}
+    assert status(tmp_path / "out")["workers"]["0"]["deaths"] == 0
+
+
 def test_workers_that_only_die_end_the_job(
     tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -463,6 +497,158 @@ def test_a_cluster_of_two_nodes_writes_the_same_rows(tmp_path: Path, checkpoint:
         (out / f"{shard}.parquet").unlink()
     assert cli.main(words(source, out, checkpoint, *flags)) == 0
     assert rows(out) == rows(tmp_path / "whole")
+
+
+# ---------------------------------------------------------------- names, disks, signals
+
+
+def member(name: str, data: bytes) -> tuple[tarfile.TarInfo, io.BytesIO]:
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    return info, io.BytesIO(data)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [("0001", "0001"), ("a/x", "A/X"), ("a", "a.txt/b"), ("gr\u00fcn", "gru\u0308n")]
+)
+def test_equal_names_are_an_error_before_any_text_is_written(
+    first: str, second: str, tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of two tars; the second image would have got the first one's file."""
+    one, two = pictures(2)
+    for name, key, data in (("0.tar", first, one), ("1.tar", second, two)):
+        with tarfile.open(tmp_path / name, "w") as tar:
+            # a dot in the last part would end the key; in a folder it does not
+            tar.addfile(*member(f"{key}.png", data))
+    out = tmp_path / "out"
+    job = words(f"{tmp_path}/*.tar", out, checkpoint)
+    assert cli.main([*job, "--format", "txt"]) == 2
+    message = capsys.readouterr().err
+    assert "want one file name" in message and repr(first) in message and repr(second) in message
+    assert not list(out.rglob("*.txt")) and len(rows(out)) == 2
+    assert cli.main([*job, "--format", "jsonl"]) == 0
+
+
+def test_bad_keys_are_rows_and_their_job_can_be_redone(tmp_path: Path, checkpoint: Path) -> None:
+    keys = ["a.b", "../evil", "a%2Eb", "/abs", "c" * 300, "d"]
+    table = pa.table({"key": keys, "image": pictures(len(keys))})
+    pq.write_table(table, tmp_path / "a.parquet")
+    out = tmp_path / "out"
+    job = words(tmp_path / "a.parquet", out, checkpoint, "--format", "txt", "--max-failed", "1")
+    for more in ([], ["--redo"]):
+        assert cli.main([*job, *more]) == 0
+        assert {path.name for path in out.glob("*.txt")} == {"a.b.txt", "a%2Eb.txt", "d.txt"}
+        found = {row.key: row for row in rows(out)}
+        assert [key for key in keys if found[key].error] == ["../evil", "/abs"]
+        assert found["../evil"].error == "its key leads out of the folder"
+    assert not (tmp_path / "evil.txt").exists()
+
+
+def test_a_redo_that_is_cut_short_is_finished_by_the_next_job(
+    tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = write_table(tmp_path / "a.parquet"), tmp_path / "out"
+    job = words(source, out, checkpoint, "--format", "txt")
+    assert cli.main(job) == 0
+    removed: list[Path] = []
+    unlink = Path.unlink
+
+    def cut_short(self: Path, missing_ok: bool = False) -> None:
+        if self.suffix == ".parquet" and self.parent == out:
+            if removed:
+                raise KeyboardInterrupt
+            removed.append(self)
+        unlink(self, missing_ok)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", cut_short)
+        assert cli.main([*job, "--redo"]) == 130
+    assert removed and list(out.glob("*.parquet"))
+    assert cli.main(words(source, out, checkpoint)) == 0
+    assert len(rows(out)) == 26 and not list(out.glob("*.txt")) and not (out / ".removing").exists()
+
+
+FULL = """
+import resource, sys
+import captioner.pipeline.output
+from loops import cli
+limit = int(sys.argv.pop(1))
+if limit:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a limit stands for a full disk")
+def test_a_disk_that_is_full_is_told_and_the_job_goes_on(tmp_path: Path, checkpoint: Path) -> None:
+    source, out = write_tars(tmp_path / "tars"), tmp_path / "out"
+    job = words(source, out, checkpoint, "--max-failed", "1")
+    assert cli.main([*job[:3], str(tmp_path / "whole"), *job[4:]]) == 0
+    for limit, code in ((1000, 2), (0, 0)):
+        done = subprocess.run(
+            [sys.executable, "-c", FULL, str(limit), *job],
+            cwd=ROOT,
+            timeout=120,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == code, done.stderr[-2000:]
+        assert ("the disk refuses: File too large" in done.stderr) == (code == 2)
+        assert "Traceback" not in done.stderr
+    assert rows(out) == rows(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EROFS])
+def test_a_disk_that_cannot_be_locked_or_written_is_told(
+    number: int,
+    tmp_path: Path,
+    checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def refuse(*args: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.lockf" if number != errno.EROFS else "os.replace", refuse)
+    assert cli.main(words(write_table(tmp_path / "a.parquet"), tmp_path / "out", checkpoint)) == 2
+    message = capsys.readouterr().err
+    assert "Traceback" not in message
+    assert ("no locks on this file system" if number != errno.EROFS else "the disk refuses") in message
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_ends_the_job_and_it_goes_on(
+    number: signal.Signals, tmp_path: Path, checkpoint: Path, zygote: Zygote
+) -> None:
+    source, out = write_tars(tmp_path / "tars", shards=96), tmp_path / "out"
+    job = words(source, out, checkpoint, "--max-failed", "1")
+    pid = zygote.start(job)
+    while not list(out.glob("*.parquet")):
+        assert zygote.ended(0.01) is None
+    workers = children(pid)
+    os.kill(pid, number)
+    assert zygote.ended(60) == 128 + number
+    assert status(out)["state"] == "interrupted"
+    assert not any(map(alive, workers))
+    zygote.start(job)
+    assert zygote.ended(60) == 0
+    assert len(rows(out)) == 480 and status(out)["state"] == "done"
+
+
+def test_passwords_of_servers_are_printed_and_stored_nowhere(
+    tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = write_table(tmp_path / "a.parquet"), tmp_path / "out"
+    url = "http://somebody:s3cret@127.0.0.1:9/v1"
+    flags = ["--engine.type", "server", "--engine.urls", url, "--engine.wait", "0"]
+    assert cli.main(words(source, out, checkpoint, *flags)) == 2
+    assert cli.main(words(source, out, checkpoint, *flags, "--dry-run")) == 0
+    assert cli.main(words(source, out, checkpoint, *flags, "--engine.retries", "many")) == 2
+    printed = "".join(capsys.readouterr())
+    assert "http://***@127.0.0.1:9/v1" in printed
+    Run.open(tmp_path / "run", Config.model_validate({"engine": {"urls": [url]}}))
+    texts = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
+    assert not any(b"s3cret" in text for text in [printed.encode(), *texts])
 
 
 # ---------------------------------------------------------------- what is written beside the rows

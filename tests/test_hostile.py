@@ -128,11 +128,56 @@ def captioned(source: Path) -> list[CaptionRow]:
     [shard] = open_source(str(source))
     messages = iter([Task(shard), None])
     events: list[Any] = []
-    settings = Settings(Config(), source, "m", "c")
+    settings = Settings(Config(), source, "m", "c", out=source.parent)
     Worker(settings, Spy(), Inline(4), lambda: next(messages), events.append).run()
     rows = dict(numbered for event in events if event[0] == "rows" for numbered in event[2])
-    assert ("end", 0, len(rows)) in events
+    [tally] = [tally for kind, *_, tally in events if kind == "published"]
+    assert tally.rows == len(rows)
     return [rows[number] for number in range(len(rows))]
+
+
+def scans(count: int) -> bytes:
+    """A progressive JPEG with its last scan written ``count`` times over: each is a pass over all pixels."""
+    file = io.BytesIO()
+    Image.effect_noise((64, 64), 50).convert("RGB").save(file, "JPEG", progressive=True)
+    data = file.getvalue()
+    last = data.rindex(b"\xff\xda")
+    return data[:last] + data[last:-2] * count + data[-2:]
+
+
+def test_a_jpeg_of_thousands_of_scans_is_not_decoded() -> None:
+    assert outcome(scans(20)).startswith("an image")
+    assert outcome(scans(3000)) == "too many scans: 3,009, limit 500"
+
+
+PEAK = """
+import sys
+from pathlib import Path
+from captioner.config import CaptionConfig, ViewsConfig
+from captioner.pipeline.prepare import Limits
+from captioner.views import ViewSpec
+def peak():
+    [line] = [line for line in open("/proc/self/status") if line.startswith("VmHWM")]
+    return int(line.split()[1])
+before = peak()
+Limits.of(CaptionConfig(), 0).prepare(Path(sys.argv[1]), ViewSpec(ViewsConfig(), 448, 28), True)
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(
+    ("mode", "form"), [("RGB", "PNG"), ("RGBA", "PNG"), ("I;16", "PNG"), ("F", "TIFF"), ("RGB", "JPEG2000")]
+)
+def test_large_images_take_no_more_than_is_counted_for_them(tmp_path: Path, mode: str, form: str) -> None:
+    """25 megapixels: 10 bytes for each are what `_cost` says; a float TIFF took 33 once."""
+    path = tmp_path / "large"
+    Image.new(mode, (5000, 5000), (1, 2, 3) if mode == "RGB" else 7).save(path, form)
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, str(path)], check=True, capture_output=True, text=True, timeout=180,
+        cwd=Path(__file__).parent.parent,
+    )  # fmt: skip
+    assert int(done.stdout) * 1024 < 10 * 25_000_000 + path.stat().st_size + 40_000_000
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

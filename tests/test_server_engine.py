@@ -115,6 +115,67 @@ def test_one_image_that_breaks_the_server_is_one_failed_row(checkpoint: Path, re
     play.engine.close()
 
 
+def spoilt(body: bytes, **changes: Any) -> bytes:
+    """A good answer with other values in its choice or, for `usage` and the like, beside it."""
+    answer = json.loads(body)
+    for name, value in changes.items():
+        (answer if name in answer else answer["choices"][0])[name] = value
+    return json.dumps(answer).encode()
+
+
+def logprobs(value: Any) -> dict[str, Any]:
+    top = [{"token": "token_id:1", "logprob": value}]
+    return {"content": [{"logprob": value, "top_logprobs": top}] * 2}
+
+
+BAD = [
+    *(
+        {"token_ids": ids}
+        for ids in (["1", "2"], [1.5, 2.0], [-1, -2], [2**70, 1], [True, 1], "12", [[1], 2])
+    ),
+    *({"logprobs": logprobs(value)} for value in (math.nan, math.inf, 5.0, "0", None, 10**400, True)),
+    {"logprobs": {"content": [1, 2]}},
+    {"usage": {"prompt_tokens": -4}},
+    {"usage": [1]},
+    {"prompt_token_ids": ["a"]},
+    {"finish_reason": {"a": 1}},
+    {"finish_reason": "\x1b[31mred"},
+]
+
+
+@pytest.mark.parametrize("changes", BAD, ids=str)
+def test_an_answer_that_says_nonsense_is_a_failed_row(checkpoint: Path, changes: dict[str, Any]) -> None:
+    """And no more: the engine lives, and the next image has its caption."""
+    play = Play(checkpoint)
+    answer = play.answer
+    wrong = [True]
+
+    def spoil(body: dict[str, Any]) -> Reply:
+        status, data = answer(body)
+        return (200, spoilt(data, **changes)) if wrong else (status, data)
+
+    play.stand_in.answer = spoil
+    [[candidate]] = play.engine.sample(play.requests(1), 1, GREEDY)
+    assert candidate.error and candidate.error.isprintable() and len(candidate.error) < 200
+    if "token_ids" not in changes and "finish_reason" not in changes:  # of which an answer has no need
+        [[yes]] = play.engine.p_yes([QuestionBatch(image(0), ["ring"])])
+        assert math.isnan(yes.p_yes)
+    wrong.clear()
+    [[candidate]] = play.engine.sample(play.requests(1), 1, GREEDY)
+    assert candidate.text == "red"
+    play.engine.close()
+
+
+def test_errors_of_any_size_and_with_escapes_are_short_rows(checkpoint: Path) -> None:
+    play = Play(checkpoint)
+    body = b"\x1b[2J\x1b]0;title\x07 no such \x00 view " + b"x" * 10_000_000
+    play.stand_in.answer = lambda _: (400, body)
+    [[candidate]] = play.engine.sample(play.requests(1), 1, GREEDY)
+    assert candidate.error and candidate.error.isprintable() and len(candidate.error) < 300
+    assert "no such view" in candidate.error
+    play.engine.close()
+
+
 def test_a_failed_caption_is_a_row_with_its_reason(checkpoint: Path, tmp_path: Path) -> None:
     play = Play(checkpoint)
     play.poisoned(1, (400, b"too long"))

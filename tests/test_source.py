@@ -38,6 +38,7 @@ def read(spec: object, **options: int) -> list[Item]:
         assert pickle.loads(pickle.dumps(shard)) == shard
     found = [(shard, list(read_shard(shard))) for shard in shards]
     assert all(shard.rows in (None, len(items)) for shard, items in found)
+    assert all(len(shard.location) < 1000 for shard in shards)
     return [item for _, items in found for item in items]
 
 
@@ -278,7 +279,7 @@ def test_a_damaged_header_does_not_end_the_tar_unseen(tmp_path: Path) -> None:
     data[1024 * 2 + 20] ^= 0xFF  # the third header: its checksum is wrong now
     path.write_bytes(data)
     items = read(path)
-    assert good(items) == ["0", "1"] and "damaged" in bad(items)["x.tar"]
+    assert good(items) == ["0", "1", "3"] and "damaged" in bad(items)["x.tar"]
     path.write_bytes(tar(tmp_path / "y.tar", [("a.png", png())]).read_bytes() * 2)  # joined with cat
     items = read(path)
     assert good(items) == ["a"] and "goes on behind its end" in bad(items)["x.tar"]
@@ -309,9 +310,44 @@ def test_headers_upon_headers(tmp_path: Path) -> None:
     block = pax.tobuf(tarfile.USTAR_FORMAT) + b"12 path=a.b\n".ljust(512, b"\0")
     start = tar(tmp_path / "x.tar", [("a.png", png())]).read_bytes()[:1024]
     path = tmp_path / "y.tar"
-    path.write_bytes(start + block * 5000 + b"\0" * 1024)
+    path.write_bytes(start + block * 5000 + start + b"\0" * 1024)
     items = read(path)
-    assert good(items) == ["a"] and "damaged" in bad(items)["y.tar"]
+    assert good(items)[:1] == ["a"] and "damaged" in bad(items)["y.tar"]
+
+
+def header(name: str, size: bytes, kind: bytes = tarfile.REGTYPE) -> bytes:
+    """A header whose size field is ``size`` as it stands, with a good checksum."""
+    block = bytearray(special(name, kind).tobuf(tarfile.GNU_FORMAT)[:512])
+    block[124:136], block[148:156] = size, b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
+def pax(text: bytes) -> bytes:
+    """An extended header with one record."""
+    record = next(r for n in range(99) if len(r := b"%d %s\n" % (n, text)) == n)
+    return header("p", b"%011o\0" % len(record), tarfile.XHDTYPE) + record.ljust(512, b"\0")
+
+
+def test_a_size_beyond_the_file_costs_its_member_and_no_time(tmp_path: Path) -> None:
+    """2^60 bytes, of the member itself or by an extended header: a reader that skips them reads for hours."""
+    one, *others = (tar(tmp_path / f"{i}.tar", [(f"{i}.png", png(i))]).read_bytes()[:1024] for i in range(3))
+    huge = b"\x80" + (1 << 60).to_bytes(11, "big")
+    lies = {
+        "a member": header("x.png", huge),
+        "no image": header("x.bin", huge),
+        "pax": pax(b"size=%d" % (1 << 60)) + header("x.png", b"%011o\0" % 0),
+        "negative pax": pax(b"size=-1024") + header("x.png", b"%011o\0" % 0),
+        "a pax header itself": header("p", huge, tarfile.XHDTYPE),
+        "a long name": header("p", huge, tarfile.GNUTYPE_LONGNAME),
+        "a sparse map": header("s.png", huge, tarfile.GNUTYPE_SPARSE),
+    }
+    for what, lie in lies.items():
+        path = tmp_path / "x.tar"
+        path.write_bytes(one + lie + b"".join(others) + bytes(1024))
+        items = read(path)
+        assert good(items) == ["0", "1", "2"], what
+        assert "damaged" in bad(items)["x.tar"], what
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -368,9 +404,10 @@ def test_parquet_as_datasets_write_it(tmp_path: Path, column: str) -> None:
 def test_parquet_with_paths(tmp_path: Path) -> None:
     paths = ["sub/a.png", "/abs/b.png", None, "a\0b", "http://x/y.png", "sub/a.png"]
     items = read(table(tmp_path / "a.parquet", {"path": pa.array(paths)}))
-    assert [i.image for i in items] == [tmp_path / "sub/a.png", Path("/abs/b.png"), None, None, None, None]
+    assert [i.image for i in items] == [tmp_path / "sub/a.png", *[None] * 5]
     assert [i.key for i in items][:3] == ["sub/a.png", "/abs/b.png", "a/00000002"]
-    assert "same key" in (items[5].error or "") and "no path of a file" in (items[4].error or "")
+    assert "leads out of" in (items[1].error or "")
+    assert "same key" in (items[5].error or "") and "is an address" in (items[4].error or "")
 
 
 def test_parquet_without_images_and_damaged(tmp_path: Path) -> None:
@@ -442,18 +479,62 @@ def test_hf_streamed(tmp_path: Path, folder: Path) -> None:
     assert len(items) == 5 and all(isinstance(i.image, Path) and i.image.is_file() for i in items)
 
 
+ADDRESSES = (
+    "hf://d/a.png",
+    "s3://b/k::hf://d/a.png",
+    "file:///etc/hostname::hf://d/a.png",
+    "github://o:r@main/a.png",
+    "simplecache::http://x/y.png",
+    "zip://a.png::hf://d/b",
+    "http://x/y",
+)
+
+
+def test_cells_of_a_table_open_nothing_but_files_below_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An address in a cell is the failed row of that cell; the others of its shard are read."""
+    import fsspec
+
+    monkeypatch.setattr(fsspec, "open", lambda *args, **more: pytest.fail(f"opened {args}"))
+    (tmp_path / "in").mkdir()
+    cells = [*ADDRESSES, "../x.png", "a/../../x.png", "/etc/hostname", "in.png", str(tmp_path / "in/in.png")]
+    items = read(table(tmp_path / "in" / "a.parquet", {"path": pa.array(cells)}))
+    assert [item.image is not None for item in items] == [False] * 10 + [True, False]
+    assert "same key" in (items[-1].error or "")  # of one file by two names
+    assert all("is an address" in (item.error or "") for item in items[: len(ADDRESSES)])
+
+
 def test_images_of_the_hub_are_fetched_and_others_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
     import fsspec
 
     asked = []
     monkeypatch.setattr(fsspec, "open", lambda path, mode: asked.append(path) or io.BytesIO(b"remote"))
-    paths = ("hf://d/a.png", "zip://a.png::hf://d/b", "http://x/y")
     kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
-    batch = pa.table({"image": pa.array([{"path": path} for path in paths], kind)})
+    batch = pa.table({"image": pa.array([{"path": path} for path in ADDRESSES], kind)})
     columns = tables.columns_of(batch.schema, "x")
-    items = [tables.row_item(batch, i, columns, str(i), Path("/")) for i in range(3)]
-    assert [i.image for i in items] == [b"remote", b"remote", None]
-    assert asked == ["hf://d/a.png", "zip://a.png::hf://d/b"]
+    items = [
+        tables.row_item(batch, i, columns, str(i), Path("/"), remote=True) for i in range(len(ADDRESSES))
+    ]
+    assert [i.image for i in items] == [b"remote", *[None] * 6]
+    assert asked == ["hf://d/a.png"]
+
+
+def test_keys_that_lead_out_are_failed_rows(tmp_path: Path) -> None:
+    keys = ["a", "../evil", "/abs", "b/../../c", "a\0b", "d"]
+    items = read(table(tmp_path / "a.parquet", {"key": pa.array(keys), "image": pa.array([png()] * 6)}))
+    assert good(items) == ["a", "d"]
+    assert bad(items) == dict.fromkeys(keys[1:5], "its key leads out of the folder")
+
+
+def test_a_task_names_a_place_and_no_names(tmp_path: Path) -> None:
+    """However many rows a shard of a folder has, what goes to the worker is small."""
+    for i in range(3000):
+        (tmp_path / f"a-file-name-of-a-usual-length-{i:06d}.png").touch()
+    [shard] = open_source(str(tmp_path), shard_rows=5000)
+    assert len(pickle.dumps(shard)) < 1000
+    items = list(read_shard(shard))
+    assert len(items) == 3000 and items[2999].key == "a-file-name-of-a-usual-length-002999"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

@@ -16,21 +16,22 @@ import pandas
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import tiny
 import webdataset
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
 from captioner.errors import ConfigError
+from captioner.layouts import writers
 from captioner.layouts.budget import counter, fit
 from captioner.records import CaptionRow
 from captioner.runs import Shards
-from captioner.sources import resolve, writers
+from captioner.sources import resolve
 from captioner.sources.folder import read_captions, read_folder
 from captioner.sources.source import open_source, read_shard
 from captioner.statements import split_statements
 from loops import cli
+from tests import tiny
 
 CAPTIONS = {
     "a": 'red circle, sign reading "a, b", 3.5 m',
@@ -205,6 +206,24 @@ def test_webdataset_is_read_by_webdataset(
     items = [item for shard in open_source(str(out)) for item in read_shard(shard)]
     assert {item.key: item.caption for item in items} == {row["__key__"]: row["txt"] for row in rows}
     assert {hashlib.sha256(item.image).hexdigest() for item in items} == {row["json"]["id"] for row in rows}
+
+
+def test_no_two_images_have_one_name_in_webdataset(tmp_path: Path) -> None:
+    """Keys that are equal, that differ in case, and those that escapes would make equal."""
+    keys = ["a.b", "a%2Eb", "x", "x", "X", "x"]
+    rows = [
+        writers.Captioned(
+            CaptionRow(
+                id=str(i), key=key, caption=f"c{i}", finish_reason="stop", tokens=1, model="m", config="c"
+            ),
+            f"c{i}", {}, b"image %d" % i, ".png", 4, 4,
+        )
+        for i, key in enumerate(keys)
+    ]  # fmt: skip
+    assert writers.webdataset(iter(rows), tmp_path, Counter()) == 6
+    found = list(webdataset.WebDataset([str(tmp_path / "00000.tar")], shardshuffle=False))
+    assert [row["__key__"] for row in found] == ["a%2Eb", "a%252Eb", "x", "x%232", "X%233", "x%234"]
+    assert [row["png"] for row in found] == [row.image for row in rows]
 
 
 def test_parquet_is_read_by_datasets_pandas_and_duckdb(

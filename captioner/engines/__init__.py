@@ -8,9 +8,18 @@ from __future__ import annotations
 from pathlib import Path
 
 from captioner.config import Config
-from captioner.engines.base import CaptionRequest, Engine, NoAnswer, QuestionBatch, TextRequest, YesNo
+from captioner.engines.base import (
+    NO_ANSWER,
+    CaptionRequest,
+    Engine,
+    NoAnswer,
+    QuestionBatch,
+    TextRequest,
+    YesNo,
+)
 
 __all__ = [
+    "NO_ANSWER",
     "CaptionRequest",
     "Engine",
     "NoAnswer",

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from captioner.models.render import Renderer
 
 
+NO_ANSWER = "no good answer: "  # begins the reason of a candidate whose image is not to blame for its failure
+
+
 @dataclass(frozen=True)
 class CaptionRequest:
     """An image to caption."""

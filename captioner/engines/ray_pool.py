@@ -42,6 +42,8 @@ class RayTasks:
         ray.exceptions.ObjectLostError,  # of a node that died before the engine took it
     )
 
+    processes = 1  # each task is one
+
     def __init__(self, ahead: int):
         self.ahead = ahead
         self._remote: dict[Any, Any] = {}
@@ -53,6 +55,9 @@ class RayTasks:
         return self._remote[function].remote(*args).future()  # type: ignore[no-any-return]
 
     alone = submit
+
+    def close(self) -> None:
+        """Tasks end by themselves."""
 
 
 @ray.remote

@@ -15,14 +15,14 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from captioner import views
 from captioner.config import EngineConfig, SamplingConfig, ViewsConfig, ViewsOverride
-from captioner.engines.base import CaptionRequest, QuestionBatch, YesNo
+from captioner.engines.base import NO_ANSWER, CaptionRequest, QuestionBatch, YesNo
 from captioner.engines.servers import Rejected, Server, Servers, Unanswered, choice_of
 from captioner.engines.vocabulary import Vocabulary
-from captioner.errors import EngineError
+from captioner.errors import EngineError, printable
 from captioner.models.model import Captioner
 from captioner.models.render import Renderer
 from captioner.records import Candidate
@@ -119,23 +119,25 @@ class ServerEngine:
                 await self._ask(shown, text, tail, {"max_tokens": 1, "temperature": 0.0}, lambda answer: None)
             return await _all(one(k) for k in range(n))
         except Unanswered as error:
-            return [_failed(request, k, seeds[k], str(error)) for k in range(n)]
+            blame = "" if isinstance(error, Rejected) else NO_ANSWER
+            return [_failed(request, k, seeds[k], blame + str(error)) for k in range(n)]
 
     def _caption(self, answer: dict[str, Any]) -> tuple[list[int], list[float]]:
         """Token ids, the end token included, and their log-probabilities."""
         choice = choice_of(answer)
         ids, reason = choice.get("token_ids"), choice.get("finish_reason")
         logprobs = [row["logprob"] for row in _logprobs(choice)]
-        if (
-            not isinstance(ids, list)
-            or len(ids) != len(logprobs)
-            or not ids
-            or reason not in ("stop", "length")
-        ):
-            raise Unanswered(f"a caption without its tokens (finish reason {reason})")
+        if reason not in ("stop", "length"):
+            raise Unanswered(f"a caption with the finish reason {printable(str(reason))[:40]}")
+        if not self._are_ids(ids) or len(ids) != len(logprobs) or not ids:
+            raise Unanswered("a caption without its tokens")
         if (reason == "stop") != (ids[-1] in self._words.stops):
             raise Unanswered(f"finish reason {reason}, but the last token is {ids[-1]}")
         return ids, logprobs
+
+    def _are_ids(self, ids: Any) -> TypeGuard[list[int]]:
+        """Whether these are token ids of the checkpoint."""
+        return isinstance(ids, list) and all(type(i) is int and 0 <= i < self._words.size for i in ids)
 
     # ---- questions
 
@@ -157,9 +159,8 @@ class ServerEngine:
 
         def read(answer: dict[str, Any]) -> YesNo:
             try:
-                rows = {
-                    row["token"]: row["logprob"] for row in _logprobs(choice_of(answer))[0]["top_logprobs"]
-                }
+                top = _finite(_logprobs(choice_of(answer))[0]["top_logprobs"])
+                rows = {row["token"]: row["logprob"] for row in top}
                 yes, no, learned = (
                     sum(math.exp(rows[f"token_id:{token}"]) for token in ids)
                     for ids in (words.yes, words.no, soft)
@@ -244,9 +245,11 @@ class ServerEngine:
         """Raise EngineError where the server made other ids of the prompt than we do."""
         theirs, used = answer.get("prompt_token_ids"), answer.get("usage")
         count = used.get("prompt_tokens") if isinstance(used, dict) else None
+        if theirs is not None and not self._are_ids(theirs):
+            raise Unanswered("an answer with other prompt ids than tokens")
         if count == len(ids) and theirs in (None, ids):
             return
-        if not isinstance(count, int):
+        if type(count) is not int or count < 0:
             raise Unanswered("an answer without its usage")
         raise EngineError(
             f"the server reads a prompt of {len(ids)} tokens as {count} others",
@@ -268,13 +271,17 @@ async def _all(waiting: Iterable[Any]) -> list[Any]:
 def _logprobs(choice: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows of log-probabilities of a choice, one per token."""
     logprobs = choice.get("logprobs")
-    rows = logprobs.get("content") if isinstance(logprobs, dict) else None
-    if (
-        not isinstance(rows, list)
-        or not rows
-        or not all(isinstance(row, dict) and isinstance(row.get("logprob"), float | int) for row in rows)
-    ):
+    return _finite(logprobs.get("content") if isinstance(logprobs, dict) else None)
+
+
+def _finite(rows: Any) -> list[dict[str, Any]]:
+    """Rows with a ``logprob`` that is one; Unanswered for anything else."""
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
         raise Unanswered("an answer without log-probabilities")
+    for row in rows:
+        value = row.get("logprob")
+        if type(value) not in (float, int) or not -1e9 < value < 1e-3:  # not for NaN either
+            raise Unanswered("an answer whose log-probabilities are none")
     return rows
 
 

@@ -20,11 +20,12 @@ from typing import Any, TypeVar
 import httpx
 
 from captioner.config import ServerConfig
-from captioner.errors import EngineError
+from captioner.errors import EngineError, masked, printable
 
 T = TypeVar("T")
 R = TypeVar("R")
 MAX_BYTES = 1 << 24  # of an answer
+MAX_ERROR = 1 << 16  # bytes of an answer that is none: its beginning is read
 PROBE_SECONDS = 30.0  # for a probe to be answered, if `timeout` is not shorter
 LONGEST_PAUSE = 10.0  # seconds between two tries or probes; it doubles from 0.2
 FATAL = (401, 402, 403, 404)  # the fault is in the settings: another try gives the same
@@ -187,7 +188,7 @@ class Servers:
         answer = _object(data)
         used = answer.get("usage")
         count = used.get("completion_tokens") if isinstance(used, dict) else 0
-        self.tokens += count if isinstance(count, int) else 0
+        self.tokens += count if isinstance(count, int) and 0 < count < MAX_BYTES else 0
         return answer
 
     # ---- rotation
@@ -201,7 +202,7 @@ class Servers:
             up = [server for server in self._servers if server.up]
             if up:
                 return min(up, key=lambda server: (server is last, server.load))
-            reasons = "; ".join(f"{server.url}: {server.reason}" for server in self._servers)
+            reasons = "; ".join(f"{masked(server.url)}: {server.reason}" for server in self._servers)
             if all(server.strange for server in self._servers):
                 raise EngineError(
                     f"no server serves {self.wanted}",
@@ -255,7 +256,8 @@ class Servers:
         rows = listed if isinstance(listed, list) else []
         names = [str(row["id"]) for row in rows if isinstance(row, dict) and "id" in row]
         if self.wanted not in names and not (names and self.wanted is None):
-            server.strange, server.reason = True, f"serves {', '.join(names) or 'nothing'}"
+            said = printable(", ".join(names))[:200]
+            server.strange, server.reason = True, f"serves {said or 'nothing'}"
             return
         server.model = self.wanted or names[0]
         if server.was_up:
@@ -273,6 +275,8 @@ async def _read(response: httpx.Response) -> bytes:
     data = bytearray()
     async for part in response.aiter_bytes():
         data += part
+        if response.status_code != 200 and len(data) > MAX_ERROR:
+            break
         if len(data) > MAX_BYTES:
             raise Unanswered(f"over-long answer: more than {MAX_BYTES:,} bytes")
     return bytes(data)
@@ -280,7 +284,7 @@ async def _read(response: httpx.Response) -> bytes:
 
 def _object(data: bytes) -> dict[str, Any]:
     try:
-        answer = json.loads(data)
+        answer = json.loads(data, parse_constant=_refuse)
     except (ValueError, RecursionError):
         answer = None
     if not isinstance(answer, dict):
@@ -288,8 +292,12 @@ def _object(data: bytes) -> dict[str, Any]:
     return answer
 
 
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON")  # NaN and infinities, which Python's reader takes
+
+
 def _excerpt(data: bytes) -> str:
-    return " ".join(data[:2000].decode("utf-8", errors="replace").split())[:200]
+    return printable(data[:2000].decode("utf-8", errors="replace"))[:200]
 
 
 def choice_of(answer: dict[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ class Vocabulary:
     def __init__(self, captioner: Captioner, renderer: Renderer):
         tokenizer, model = captioner.tokenizer, captioner.model
         self._tokenizer = tokenizer
-        width = model.get_output_embeddings().weight.shape[0]
+        width = self.size = model.get_output_embeddings().weight.shape[0]
         config: Any = model.generation_config
         named = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
         # the end of the turn and every end token that the checkpoint names

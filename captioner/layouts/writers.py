@@ -12,6 +12,7 @@ import io
 import json
 import sqlite3
 import tarfile
+import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -267,17 +268,34 @@ def _shards(rows: Iterable[Captioned]) -> Iterator[tuple[int, Iterator[Captioned
     return groupby(rows, key=shard)
 
 
+class _Names:
+    """Names that were given out, in a database so that memory stays flat."""
+
+    def __init__(self) -> None:
+        self._database = sqlite3.connect("")
+        self._database.execute("CREATE TABLE names (name PRIMARY KEY, times)")
+
+    def unique(self, name: str) -> str:
+        """The name; with a number behind it where another had it, in any case of its letters."""
+        same = unicodedata.normalize("NFC", name).casefold()
+        add = "INSERT INTO names VALUES (?, 1) ON CONFLICT DO UPDATE SET times = times + 1 RETURNING times"
+        [[times]] = self._database.execute(add, [same])
+        return name if times == 1 else f"{name}%23{times}"
+
+
 def webdataset(rows: Iterator[Captioned], out: Path, skipped: Skipped[str]) -> int:
     """Tars of ``KEY.jpg``, ``KEY.txt`` and ``KEY.json``; the latter has the whole row, the key included.
 
-    In webdataset a key ends at the first dot of its last part: there, ``.`` becomes ``%2E``.
+    In webdataset a key ends at the first dot of its last part: there, ``.`` becomes ``%2E`` (and ``%`` is
+    ``%25``). The second image of a key, or of one that differs in case alone, gets ``%232`` behind it.
     """
     count = 0
+    names = _Names()
     for number, shard in _shards(rows):
         with tarfile.open(out / f"{number:05d}.tar", "w", encoding="utf-8") as tar:
             for row in shard:
                 folder, slash, base = row.row.key.rpartition("/")
-                stem = folder + slash + base.replace(".", "%2E")
+                stem = names.unique(folder + slash + base.replace("%", "%25").replace(".", "%2E"))
                 try:
                     sidecar_path(out, stem)
                 except DataError:

@@ -1,11 +1,13 @@
-"""Hands shards to workers, collects their rows, publishes whole shards, and brings dead workers back.
+"""Hands shards to the workers of a machine or a cluster, and brings them back when they die.
 
-A worker that dies loses nothing but what it had in hand: the rows that it sent are kept, the rest of its
-shards is tried one image at a time, and an image at which workers died ``attempts`` times becomes a row with
-that error. Where workers run is the business of the :class:`Pool`: processes here, or actors of a cluster.
+A task names a place, and workers publish what they make of it, so no rows wait here and no message is large.
+What is known of a shard underway lies in its log: a worker that dies loses nothing but what it had in hand,
+the rest of its shards is tried one image at a time, and an image at which workers died ``attempts`` times
+becomes a row with that error. Where workers run is the business of the :class:`Pool`.
 
-Events of a worker: ``("ready",)``, ``("rows", shard, [(number, row)])``, ``("read", shard)`` (send another),
-``("end", shard, count)``, ``("trying", shard, number, key)``, ``("stopped", shard)`` (after so many tries),
+Events of a worker: ``("ready",)``, ``("had", shard, count)`` (rows of before), ``("rows", shard, rows)`` (a
+few numbered ones, for whoever watches), ``("read", shard)`` (send another), ``("published", shard, tally)``,
+``("trying", shard, number, key)``, ``("stopped", shard)`` (after so many tries), ``("waiting", why)``,
 ``("unreadable", shard, reason)``, ``("refused", what, where, mend)``, ``("broken", traceback)``; and of its
 pool ``("died", reason)``.
 """
@@ -14,15 +16,15 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from captioner.errors import RunError, UserError
-from captioner.pipeline.output import Output
+from captioner.pipeline.leases import Leases
+from captioner.pipeline.output import Log, Output
 from captioner.pipeline.watch import Watch
 from captioner.pipeline.worker import FLUSH, Settings, Task, ahead, failed_row
-from captioner.records import CaptionRow
 from captioner.sources.source import ShardRef
 
 STARTS = 3  # times that a worker may die before it is ready
@@ -43,11 +45,10 @@ class Pool(Protocol):
 
 @dataclass
 class _Shard:
-    """A shard underway: its rows so far, in any order."""
+    """A shard underway."""
 
     ref: ShardRef
-    rows: dict[int, CaptionRow] = field(default_factory=dict)
-    count: int | None = None  # its images, once it was read to its end
+    begun: bool = False  # by this command
     trying: tuple[int, str] | None = None  # number and key of the image that is tried alone
     strikes: Counter[int] = field(default_factory=Counter)  # number -> workers that died at it; -1: reading
 
@@ -75,7 +76,12 @@ class Coordinator:
         settings: Settings,
         output: Output,
         watch: Watch,
+        leases: Leases | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ):
+        """``leases``: other machines work on the same shards."""
+        self.leases, self.clock = leases, clock
+        self.elsewhere: deque[ShardRef] = deque()  # that another machine has claimed
         self.pool, self.settings, self.output, self.watch = pool, settings, output, watch
         self.limits = settings.config.caption
         self.workers = {number: _Worker() for number in range(workers)}
@@ -93,25 +99,59 @@ class Coordinator:
         try:
             for number in self.workers:
                 self._start(number)
-            while self._next or self.again or any(worker.shards for worker in self.workers.values()):
+            while self._left():
                 self._hand_out()
                 for number, event in self.pool.poll(POLL):
                     self._handle(number, event)
                 self._kill_stalled()
                 self.watch.tick()
+                if self.leases:
+                    self.leases.beat()
         finally:
             self.pool.close()
+            if self.leases:
+                self.leases.close()
+
+    def _left(self) -> bool:
+        if self._next is None and self.elsewhere:
+            self._look_elsewhere()
+        busy = any(worker.shards for worker in self.workers.values())
+        return bool(self._next or self.again or busy or self.elsewhere)
 
     # ---- giving
 
     def _advance(self) -> None:
         if self.back:
             self._next = self.back.popleft()
-        else:
-            self._next = next((_Shard(ref) for ref in self.fresh if ref.index not in self.output.done), None)
+            return
+        self._next = None
+        for ref in self.fresh:
+            if ref.index in self.output.done:
+                continue
+            if self.leases is None or self.leases.claim(ref.index):
+                self._next = self._begin(ref)
+                return
+            self.elsewhere.append(ref)
+
+    def _begin(self, ref: ShardRef) -> _Shard:
+        """A shard with what its log says of workers that died at it."""
+        notes = Log(self.output.out, ref.index).read()[1]
+        return _Shard(ref, strikes=Counter(int(note["strike"]) for note in notes if "strike" in note))
+
+    def _look_elsewhere(self) -> None:
+        """Of the shards that others claimed: pass over what is published, take over what the dead left."""
+        assert self.leases
+        for _ in range(len(self.elsewhere)):
+            ref = self.elsewhere.popleft()
+            if self.output.shards.has(ref.index):
+                continue
+            if self.leases.claim(ref.index):
+                self._next = self._begin(ref)
+                return
+            self.elsewhere.append(ref)
 
     def _start(self, number: int) -> None:
-        self.workers[number] = _Worker(starts=self.workers[number].starts, heard=time.monotonic())
+        self.workers[number] = _Worker(starts=self.workers[number].starts, heard=self.clock())
         self.pool.start(number)
 
     def _hand_out(self) -> None:
@@ -137,16 +177,16 @@ class Coordinator:
     def _give(self, number: int, shard: _Shard, singly: int = 0) -> None:
         worker = self.workers[number]
         if not worker.shards:
-            worker.heard = time.monotonic()
+            worker.heard = self.clock()
         worker.shards[shard.ref.index] = shard
         worker.unread += 1
-        self.pool.send(number, Task(shard.ref, frozenset(shard.rows), singly))
+        self.pool.send(number, Task(shard.ref, singly))
 
     # ---- taking
 
     def _handle(self, number: int, event: tuple[Any, ...]) -> None:
         worker, kind = self.workers[number], event[0]
-        worker.heard = time.monotonic()
+        worker.heard = self.clock()
         if kind == "ready":
             worker.ready, worker.starts = True, 0
             self.watch.worker(number, "ready")
@@ -159,31 +199,40 @@ class Coordinator:
             self._died(number, worker.why or event[1])
         elif kind == "read":
             worker.unread -= 1
+        elif kind == "waiting":
+            self.watch.say(event[1])
         elif (shard := worker.shards.get(event[1])) is not None:  # None: it was left out meanwhile
             self._take(number, shard, event)
 
     def _take(self, number: int, shard: _Shard, event: tuple[Any, ...]) -> None:
         """What a worker says of a shard."""
         worker, kind = self.workers[number], event[0]
-        if kind == "rows":
-            new = [(n, row) for n, row in event[2] if n not in shard.rows]
-            shard.rows.update(new)
-            if any(row.error is None for _, row in new):
+        if kind == "had":
+            self.watch.had(0 if shard.begun else event[2])
+            shard.begun = True
+        elif kind == "rows":
+            if shard.trying and shard.trying[0] in {n for n, _ in event[2]}:
+                shard.trying = None
+            rows = [row for _, row in event[2]]
+            if any(row.error is None for row in rows):
                 self._deaths = 0
-            self.watch.rows(number, [row for _, row in new])
+            self.watch.rows(number, rows)
         elif kind == "trying":
             shard.trying = event[2], event[3]
-        elif kind == "end":
-            shard.count = event[2]
+        elif kind == "published":
+            self._leave(worker, shard)
+            self.output.enter(shard.ref.index, event[2], shard.ref.mark)
+            self._release(shard)
         elif kind == "stopped":  # nothing died: the rest may come as usual
             self._leave(worker, shard)
             self._go_on(shard)
         elif kind == "unreadable":
             self._leave(worker, shard)
             self._lose(shard, event[2])
-        if shard.count is not None and len(shard.rows) == shard.count:
-            self._leave(worker, shard)
-            self.output.publish(shard.ref.index, [shard.rows[n] for n in range(shard.count)])
+
+    def _release(self, shard: _Shard) -> None:
+        if self.leases:
+            self.leases.release(shard.ref.index)
 
     def _go_on(self, shard: _Shard) -> None:
         self.back.append(shard)
@@ -196,6 +245,7 @@ class Coordinator:
 
     def _lose(self, shard: _Shard, reason: str) -> None:
         self.lost.append((shard.ref.name, reason))
+        self._release(shard)
         self.watch.say(f"shard {shard.ref.name} is left out: {reason}")
 
     # ---- deaths
@@ -225,23 +275,24 @@ class Coordinator:
     def _strike(self, shard: _Shard, reason: str) -> None:
         """A worker died that tried images of this shard alone: at the one it tried, or reading the next."""
         number, key = shard.trying or (-1, "")
-        if number in shard.rows:
-            number = -1
         shard.strikes[number] += 1
         shard.trying = None
+        log = Log(self.output.out, shard.ref.index)
+        log.add((), strike=number)  # a job that is begun again knows of it
         if shard.strikes[number] < self.limits.attempts:
             self.again.append(shard)
         elif number < 0:
             self._lose(shard, f"{self.limits.attempts} workers died while they read it: {reason}")
         else:
             error = f"{self.limits.attempts} workers died at this image: {reason}"
-            shard.rows[number] = failed_row(self.settings, key, error)
-            self.watch.rows(None, [shard.rows[number]])
+            row = failed_row(self.settings, key, error)
+            log.add([(number, row)])
+            self.watch.rows(None, [row])
             self._go_on(shard)
 
     def _kill_stalled(self) -> None:
         for number, worker in self.workers.items():
-            if worker.ready and worker.shards and time.monotonic() - worker.heard > self.limits.stall:
+            if worker.ready and worker.shards and self.clock() - worker.heard > self.limits.stall:
                 worker.why = f"nothing heard from it for {self.limits.stall:.0f} s"
-                worker.heard = time.monotonic()
+                worker.heard = self.clock()
                 self.pool.kill(number)

@@ -32,10 +32,15 @@ def devices() -> list[str]:
     return [str(i) for i in range(sum(p.name[6:].isdigit() for p in Path("/dev").glob("nvidia[0-9]*")))]
 
 
+class Died(Exception):
+    """A process ended at the one image that it had in hand; the message names the signal."""
+
+
 class Inline:
     """Prepares images where it is asked to: in the reading thread of the worker."""
 
     crashed: tuple[type[Exception], ...] = ()
+    processes = 0
 
     def __init__(self, ahead: int):
         self.ahead = ahead
@@ -50,11 +55,14 @@ class Inline:
 
     alone = submit
 
+    def close(self) -> None:
+        """There is nothing to end."""
+
 
 class Processes:
     """Prepares images in processes. One that dies breaks the pool: a new one takes its place."""
 
-    crashed: tuple[type[Exception], ...] = (BrokenProcessPool,)
+    crashed: tuple[type[Exception], ...] = (BrokenProcessPool, Died)
 
     def __init__(self, processes: int, ahead: int):
         self.processes, self.ahead = processes, ahead
@@ -76,10 +84,27 @@ class Processes:
                 return self._pool.submit(function, *args)
 
     def alone(self, function: Callable[..., T], *args: Any) -> Future[T]:
-        with self._new(1) as pool:
-            future = pool.submit(function, *args)
-            future.exception()  # waits
+        ours, theirs = _context().Pipe(duplex=False)
+        process = _context().Process(target=_call, args=(os.getpid(), theirs, function, args))  # type: ignore[attr-defined]
+        process.start()
+        theirs.close()
+        future: Future[T] = Future()
+        try:
+            result, error = ours.recv()
+        except EOFError:
+            process.join()
+            result, error = None, Died(_reason(process.exitcode))
+        process.join()
+        ours.close()
+        if error is None:
+            future.set_result(result)
+        else:
+            future.set_exception(error)
         return future
+
+    def close(self) -> None:
+        """End the processes."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
 
 class LocalPool:
@@ -164,6 +189,14 @@ def _main(
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # without waiting for threads
+
+
+def _call(parent: int, connection: Connection, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    _end_with(parent)
+    try:
+        connection.send((function(*args), None))
+    except Exception as error:  # as any executor does
+        connection.send((None, error))
 
 
 def _end_with(parent: int) -> None:

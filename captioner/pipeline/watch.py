@@ -141,6 +141,10 @@ class Watch:
         worker.state = state
         worker.deaths += state == "died"
 
+    def had(self, count: int) -> None:
+        """Rows of a shard that earlier commands began."""
+        self.before += count
+
     def rows(self, number: int | None, rows: Sequence[CaptionRow]) -> None:
         """New rows of a worker. Raises Refused where a tripwire is to stop the job."""
         if number is not None:

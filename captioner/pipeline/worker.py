@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import queue
+import sqlite3
 import sys
 import threading
 import time
@@ -19,34 +21,26 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
-from captioner import views
 from captioner.config import Config, SamplingConfig
-from captioner.engines import CaptionRequest, Engine, QuestionBatch, make_engine
-from captioner.errors import DataError, UserError
+from captioner.engines import NO_ANSWER, CaptionRequest, Engine, QuestionBatch, make_engine
+from captioner.errors import DataError, RunError, UserError, masked, printable
 from captioner.method import tool
+from captioner.pipeline.output import Log, Old, Tally
+from captioner.pipeline.prepare import GIB, Executor, Gate, Preparation, gone
 from captioner.records import Candidate, CaptionRow
+from captioner.runs import Shards
 from captioner.sources.source import Item, ShardRef, read_shard
 from captioner.statements import split_statements
 from captioner.views import BadImage, Cut
 
-T = TypeVar("T")
 FLUSH = "flush"  # to a worker: no further shard for now, caption what you have
 KNOWN = 10_000  # captions that a worker remembers for copies of their images
 VERIFIED_TOGETHER = 8  # images whose questions are asked in one go
 SAID_TOGETHER = 64  # rows
 SAID_AFTER = 0.5  # seconds
-
-
-class Executor(Protocol):
-    """Where images are prepared: processes of this machine, or of a cluster."""
-
-    crashed: tuple[type[Exception], ...]  # what a future raises where its process died
-    ahead: int  # images that are prepared before the engine asks for them
-
-    def submit(self, work: Callable[..., T], *args: Any) -> Future[T]: ...
-    def alone(self, work: Callable[..., T], *args: Any) -> Future[T]: ...
+UNANSWERED = 32  # images in a row without an answer, at which a worker stops
 
 
 @dataclass(frozen=True)
@@ -59,6 +53,8 @@ class Settings:
     settings: str  # hash of the settings, for the rows
     verify: bool = False
     drop_refuted: bool = False
+    workers: int = 1  # on one machine
+    out: Path = Path()  # where the parts are published
 
     @property
     def sampling(self) -> SamplingConfig:
@@ -71,7 +67,6 @@ class Task:
     """A shard to caption."""
 
     shard: ShardRef
-    skip: frozenset[int] = frozenset()  # numbers of the images whose rows are there
     singly: int = 0  # caption this many alone and one after the other, then stop: one of them killed a worker
 
 
@@ -83,6 +78,16 @@ class _Entry:
     number: int
     item: Item
     prepared: Future[tuple[Cut, str]] | None
+    size: int = 0  # bytes of it that wait in memory
+
+
+@dataclass
+class _Shard:
+    """A shard that this worker has in hand."""
+
+    log: Log
+    have: set[int]  # numbers of the images whose rows are in the log, or on their way there
+    count: int | None = None  # its images, once it was read to its end
 
 
 @dataclass
@@ -130,11 +135,24 @@ class Worker:
             max(2, executor.ahead)
         )
         self._pending: deque[_Waiting] = deque()  # asked of the engine, in order
-        self._open: dict[str, _Waiting] = {}  # the same, by sha256
+        self._asked: dict[str, _Waiting] = {}  # the same, by sha256
         self._known: OrderedDict[str, CaptionRow] = OrderedDict()
         self._rows: dict[int, list[tuple[int, CaptionRow]]] = {}
         self._said = time.monotonic()
         self._rules = tool.Rules()
+        self._shards: dict[int, _Shard] = {}
+        self._output = Shards(settings.out, CaptionRow)
+        self._unanswered = 0  # images one after the other
+        old = Old(settings.out).index
+        self._old = (
+            sqlite3.connect(f"{old.absolute().as_uri()}?immutable=1", uri=True, check_same_thread=False)
+            if old.is_file()
+            else None
+        )
+        self._images = Preparation(
+            settings.config.caption, executor, engine.renderer.spec, lambda text: emit(("waiting", text))
+        )
+        self._gate = Gate(int(settings.config.caption.memory * GIB) // 4 // settings.workers)
 
     def run(self) -> None:
         message = self._receive()
@@ -167,12 +185,28 @@ class Worker:
         except Exception as error:  # raised again where the engine asks for images
             self._queue.put(error)
 
+    def _open(self, task: Task) -> _Shard:
+        """A shard with the rows that it has; what failed by a fault of the world is tried again."""
+        shard = task.shard
+        log = Log(self.settings.out, shard.index)
+        have = {number for number, row in log.read()[0].items() if row.fault != "world"}
+        if (
+            os.path.isabs(shard.location)
+            and not os.path.exists(shard.location)
+            and gone(Path(shard.location))
+        ):
+            self._images.wait_for(Path(shard.location))
+        self._shards[shard.index] = opened = _Shard(log, have)
+        self._emit(("had", shard.index, len(have)))
+        return opened
+
     def _read(self, task: Task) -> None:
         index, count = task.shard.index, 0
+        have = frozenset(self._open(task).have)
         try:
             for number, item in enumerate(read_shard(task.shard)):
                 count += 1
-                if number not in task.skip:
+                if number not in have:
                     self._queue.put(self._entry(index, number, item))
         except DataError as error:
             self._queue.put(("unreadable", index, str(error)))
@@ -188,17 +222,19 @@ class Worker:
             self._emit(("unreadable", index, str(error)))
             return
         if count is None:
+            self._shards.pop(index)
             self._emit(("stopped", index))
         else:
             self._emit(("read", index))
-            self._emit(("end", index, count))
+            self._ended(index, count)
 
     def _try(self, task: Task) -> int | None:
         """Caption up to ``task.singly`` images, each announced; the shard's count if none is left."""
         count = tried = 0
+        have = frozenset(self._open(task).have)
         for number, item in enumerate(read_shard(task.shard)):
             count += 1
-            if number in task.skip:
+            if number in have:
                 continue
             if tried == task.singly:
                 return None
@@ -212,18 +248,19 @@ class Worker:
     def _entry(self, index: int, number: int, item: Item) -> _Entry:
         if item.image is None:
             return _Entry(index, number, item, None)
-        return _Entry(index, number, item, self.executor.submit(*self._work(item.image)))
-
-    def _work(self, image: bytes | Path) -> tuple[Any, ...]:
-        return views.prepare, image, self.engine.renderer.spec, self.settings.config.caption.reduced_decode
+        size = len(item.image) if isinstance(item.image, bytes) else 0
+        self._gate.enter(size)
+        return _Entry(index, number, item, self._images.begin(item.image), size)
 
     # ---- captioning
 
     def _caption(self) -> None:
         """Caption what comes through the queue until None does."""
         for each, row in self._answered(self._requests(), self._pending):
-            del self._open[each.sha]
-            self._known[each.sha] = row
+            del self._asked[each.sha]
+            self._answered_by(row)
+            if row.fault != "world":
+                self._known[each.sha] = row
             if len(self._known) > KNOWN:
                 self._known.popitem(last=False)
             for place in each.places:
@@ -251,37 +288,52 @@ class Worker:
             if isinstance(entry, Exception):
                 raise entry
             if isinstance(entry, tuple):
-                self._emit(entry)
+                if entry[0] == "end":
+                    self._ended(*entry[1:])
+                else:
+                    self._emit(entry)
                 continue
             try:
                 picture, sha = self._prepared(entry)
             except BadImage as error:
-                self._row(entry, self._failed(error.reason))
+                self._row(entry, self._failed(error.reason, world=error.world))
                 continue
+            finally:
+                self._gate.leave(entry.size)
             if sha in self._known:
                 self._known.move_to_end(sha)
                 self._row(entry, self._known[sha])
-            elif sha in self._open:
-                self._open[sha].places.append(entry)
+            elif sha in self._asked:
+                self._asked[sha].places.append(entry)
+            elif row := self._old_row(sha):
+                self._row(entry, row)
             else:
-                self._open[sha] = _Waiting(sha, picture, [entry])
-                self._pending.append(self._open[sha])
+                self._asked[sha] = _Waiting(sha, picture, [entry])
+                self._pending.append(self._asked[sha])
                 yield CaptionRequest(entry.item.key, picture, sha)
 
     def _prepared(self, entry: _Entry) -> tuple[Cut, str]:
-        """The views of an image and its sha256; BadImage where it has none or keeps killing what reads it."""
         if entry.prepared is None or entry.item.image is None:
-            raise BadImage(entry.item.error or "no image")
-        try:
-            return entry.prepared.result()
-        except self.executor.crashed:  # by this image, or by another that the process had in hand
-            tries = self.settings.config.caption.attempts
-            for _ in range(tries):
-                try:
-                    return self.executor.alone(*self._work(entry.item.image)).result()
-                except self.executor.crashed:
-                    continue
-            raise BadImage(f"the process that reads it died {tries} times") from None
+            raise BadImage(entry.item.error or "no image", entry.item.world)
+        return self._images.finish(entry.item.image, entry.prepared)
+
+    def _old_row(self, sha: str) -> CaptionRow | None:
+        """The row of an image that was captioned before the input changed."""
+        if self._old is None:
+            return None
+        found = self._old.execute("SELECT row FROM known WHERE id = ?", [sha]).fetchone()
+        return CaptionRow.model_validate_json(found[0]) if found else None
+
+    def _answered_by(self, row: CaptionRow) -> None:
+        """RunError where image after image gets no answer: the fault is none of theirs."""
+        self._unanswered = self._unanswered + 1 if row.fault == "world" else 0
+        if self._unanswered >= UNANSWERED:
+            self._flush()
+            raise RunError(
+                f"{UNANSWERED} images one after the other got no answer: {row.error}",
+                where=", ".join(self.settings.config.engine.urls),
+                mend="mend the server; the same command tries these images again and goes on",
+            )
 
     # ---- outcomes
 
@@ -318,19 +370,20 @@ class Worker:
         if row.error is not None:
             return row
         if any(math.isnan(p_yes[text]) for text in statements):
-            return self._failed("the verifier gave no answer", sha)
+            return self._failed("the verifier gave no answer", sha, world=True)
         row = row.model_copy(update={"statements": statements, "p_yes": [p_yes[text] for text in statements]})
         if not self.settings.drop_refuted:
             return row
         kept = [text for text in statements if p_yes[text] >= self.settings.config.caption.drop]
         if not kept:
-            update = {"caption": None, "finish_reason": None, "error": "every statement was refuted"}
-            return row.model_copy(update=update)
+            why = {"error": "every statement was refuted", "fault": "image"}
+            return row.model_copy(update={"caption": None, "finish_reason": None, **why})
         return row if len(kept) == len(statements) else row.model_copy(update={"caption": ", ".join(kept)})
 
     def _outcome(self, sha: str, candidate: Candidate) -> CaptionRow:
         if candidate.finish_reason.startswith("error: "):
-            return self._failed(candidate.finish_reason.removeprefix("error: "), sha)
+            reason = candidate.finish_reason.removeprefix("error: ")
+            return self._failed(reason, sha, world=reason.startswith(NO_ANSWER))
         if not candidate.text.strip():
             return self._failed("the model wrote no caption", sha)
         return CaptionRow(
@@ -343,8 +396,8 @@ class Worker:
             config=self.settings.settings,
         )
 
-    def _failed(self, reason: str, sha: str = "") -> CaptionRow:
-        return failed_row(self.settings, "", reason, sha)
+    def _failed(self, reason: str, sha: str = "", world: bool = False) -> CaptionRow:
+        return failed_row(self.settings, "", reason, sha, world)
 
     # ---- saying
 
@@ -356,9 +409,31 @@ class Worker:
             self._flush()
 
     def _flush(self) -> None:
-        for index, rows in self._rows.items():
-            self._emit(("rows", index, rows))
-        self._rows, self._said = {}, time.monotonic()
+        """Write the rows at hand where no kill can take them, tell of them, publish what is whole."""
+        rows, self._rows, self._said = self._rows, {}, time.monotonic()
+        for index, new in rows.items():
+            shard = self._shards[index]
+            shard.log.add(new)
+            shard.have.update(number for number, _ in new)
+            self._emit(("rows", index, new))
+            self._publish(index)
+
+    def _ended(self, index: int, count: int) -> None:
+        self._shards[index].count = count
+        self._publish(index)
+
+    def _publish(self, index: int) -> None:
+        shard = self._shards[index]
+        if shard.count is None or len(shard.have) < shard.count:
+            return
+        rows, _ = shard.log.read()
+        del self._shards[index]
+        if len(rows) < shard.count:  # a worker of a job that was killed went on for a moment, and published
+            self._emit(("stopped", index))
+            return
+        self._output.write(index, [rows[number] for number in range(shard.count)])
+        shard.log.remove()
+        self._emit(("published", index, Tally.of(rows.values())))
 
 
 def ahead(config: Config) -> int:
@@ -366,7 +441,7 @@ def ahead(config: Config) -> int:
     return config.engine.batch_size + 16
 
 
-def failed_row(settings: Settings, key: str, reason: str, sha: str = "") -> CaptionRow:
+def failed_row(settings: Settings, key: str, reason: str, sha: str = "", world: bool = False) -> CaptionRow:
     """The row of an image without a caption."""
     return CaptionRow(
         id=sha,
@@ -376,5 +451,6 @@ def failed_row(settings: Settings, key: str, reason: str, sha: str = "") -> Capt
         tokens=None,
         model=settings.model,
         config=settings.settings,
-        error=reason,
+        error=printable(masked(reason)),
+        fault="world" if world else "image",
     )

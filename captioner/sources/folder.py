@@ -228,16 +228,28 @@ def one_line(caption: str) -> str:
 def sidecar_path(folder: Path, key: str, suffix: str = ".txt") -> Path:
     """Where a file of ``key`` is written; :class:`DataError` if that lies outside ``folder``."""
     name = PurePosixPath(key)
-    if name.parts and not name.is_absolute() and ".." not in name.parts and "\0" not in key:
+    if not leads_out(key):
         path = folder / name.with_name(f"{name.name}{suffix}")
         if path.parent.resolve().is_relative_to(folder.resolve()):  # a linked folder may lead out, too
             return path
     raise DataError(f"the key {key!r} leads out of the folder", where=str(folder))
 
 
-def walk_images(path: Path) -> Iterator[tuple[str, str]]:
+def leads_out(key: str) -> bool:
+    """Whether a key names no file below a folder."""
+    name = PurePosixPath(key)
+    return not name.parts or name.is_absolute() or ".." in name.parts or "\0" in key
+
+
+def long_name(key: str, suffix: str = ".txt") -> bool:
+    """Whether a key is longer than file systems let the name of a file be."""
+    return any(len(os.fsencode(part)) > 255 for part in PurePosixPath(key + suffix).parts)
+
+
+def walk_images(path: Path, others: Counter[str] | None = None) -> Iterator[tuple[str, str]]:
     """(key, relative path) of every image below ``path``, folder after folder, sorted inside each.
 
+    ``others`` counts, by extension, the files that are neither images by their name nor captions of images.
     Only the names of one folder are in memory. Raises :class:`DataError` for a folder that cannot be listed.
     """
     if not path.is_dir():
@@ -250,7 +262,12 @@ def walk_images(path: Path) -> Iterator[tuple[str, str]]:
     for directory, folders, files in os.walk(path, onerror=unreadable):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         prefix = "" if directory == str(path) else f"{Path(directory).relative_to(path).as_posix()}/"
-        names = [prefix + name for name in sorted(files) if not name.startswith(".") and is_image_name(name)]
+        shown = [name for name in sorted(files) if not name.startswith(".")]
+        names = [prefix + name for name in shown if is_image_name(name)]
+        if others is not None:
+            rest = (name for name in shown if not is_image_name(name) and name not in METADATA)
+            suffixes = (os.path.splitext(name)[1].lower() for name in rest)
+            others.update(suffix for suffix in suffixes if suffix not in CAPTION_SUFFIXES)
         yield from zip(image_keys(names), names, strict=True)
 
 

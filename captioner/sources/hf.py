@@ -95,16 +95,16 @@ def read_hf(shard: ShardRef) -> Iterator[Item]:
         split, dataset = _saved(where["saved"], where["split"])
         stop = shard.start + (shard.rows or 0)
         tables = (dataset[at : min(at + BATCH, stop)] for at in range(shard.start, stop, BATCH))
-        home, stem = Path(where["saved"]), split
+        home, stem, remote = Path(where["saved"]), split, False
     else:
         split, stream = _stream(where["name"], where["split"])
         part = stream.shard(num_shards=where["parts"], index=where["part"])
         tables = part.iter(batch_size=BATCH)
-        home, stem = Path(where["name"]), shard.name
+        home, stem, remote = Path(where["name"]), shard.name, not os.path.isdir(where["name"])
     row = shard.start
     with _loading(shard.name):
         for table in tables:
             columns = columns_of(table.schema, shard.name)
             for i in range(table.num_rows):
-                yield row_item(table, i, columns, f"{stem}/{row:08d}", home)
+                yield row_item(table, i, columns, f"{stem}/{row:08d}", home, remote)
                 row += 1

@@ -15,6 +15,7 @@ class Item:
     image: bytes | Path | None  # encoded bytes or the file; None where there is no image to read
     caption: str | None = None  # what the source itself says beside the image
     error: str | None = None  # why there is no image
+    world: bool = False  # the fault is not the image's: a disk or a network failed
 
 
 @dataclass(frozen=True)
@@ -24,9 +25,10 @@ class ShardRef:
     index: int  # 0.. in an order that is the same every time
     name: str  # such as "000012.tar", "part-3.parquet", "files-00004"
     kind: str  # folder, list, webdataset, parquet, hf
-    location: str  # a path, or JSON of what the reader needs
+    location: str  # a path, or JSON of what the reader needs: a place, however many rows lie there
     start: int = 0  # first row, for sources cut by rows
     rows: int | None = None  # None: not known without reading
+    mark: str = ""  # changes when what lies there does, as far as its listing tells
 
 
 class Cut(NamedTuple):
@@ -36,3 +38,4 @@ class Cut(NamedTuple):
     location: str
     start: int = 0
     rows: int | None = None
+    mark: str = ""

@@ -20,8 +20,11 @@ spec                                      what is read
 from __future__ import annotations
 
 import glob
+import hashlib
+import json
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
@@ -29,7 +32,7 @@ from pathlib import Path
 from captioner.errors import DataError
 from captioner.sources.captions import TABLES
 from captioner.sources.files import folder_cuts, list_cuts, read_files, read_list
-from captioner.sources.folder import is_image_name, no_images
+from captioner.sources.folder import is_image_name, leads_out, no_images
 from captioner.sources.hf import hf_cuts, is_saved, read_hf
 from captioner.sources.items import Cut, Item, ShardRef
 from captioner.sources.rows import read_photo, read_rows, table_cuts
@@ -41,30 +44,48 @@ __all__ = ["Item", "ShardRef", "open_source", "read_shard"]
 LISTS = (".txt", ".lst", ".list")
 
 
-def open_source(spec: str, *, shard_rows: int = 256) -> Iterator[ShardRef]:
+def open_source(
+    spec: str, *, shard_rows: int = 256, index: Path | None = None, others: Counter[str] | None = None
+) -> Iterator[ShardRef]:
     """The shards of a data set; see the module for what ``spec`` may be. No image is read.
 
     A tar is one shard; Parquet files are cut at row groups, the others at ``shard_rows``. Folders and lists
-    are walked as the iterator is asked. Raises :class:`DataError` for a spec that names nothing readable.
+    are walked as the iterator is asked; the listing of a folder goes to ``index``, which other processes
+    read the shards from (None = a file that ends with this process), and ``others`` counts its files that are
+    not taken for images, by extension.
+    Raises :class:`DataError` for a spec that names nothing readable.
     """
     try:
-        kind, cuts = _cuts(spec, shard_rows)
+        kind, cuts = _cuts(spec, shard_rows, index, others)
         first = next(cuts, None)
     except OSError as error:
         raise DataError(f"cannot be read: {error.strerror or error}", where=spec) from error
     if first is None:
         raise no_images(Path(spec)) if kind == "folder" else DataError("nothing to read here", where=spec)
-    return (ShardRef(index, cut.name, kind, *cut[1:]) for index, cut in enumerate(chain([first], cuts)))
+    every = enumerate(chain([first], cuts))
+    return (ShardRef(n, cut.name, kind, *cut[1:4], cut.mark or _mark(cut)) for n, cut in every)
+
+
+def _mark(cut: Cut) -> str:
+    """Of a file: its name, size, time of change and part; of anything else what is known of its place."""
+    try:
+        stat = os.stat(cut.location)
+        of: list[object] = [stat.st_size, stat.st_mtime_ns]
+    except (OSError, ValueError):
+        of = [cut.location]
+    return hashlib.sha256(json.dumps([cut.name, *of, cut.start, cut.rows]).encode()).hexdigest()
 
 
 def read_shard(shard: ShardRef) -> Iterator[Item]:
     """The images of a shard in order, streaming; each member, row or file of it is accounted for by an item.
 
     Of images with one key the first counts, the others are errors. Raises :class:`DataError` only where
-    nothing of the shard can be read, and where a remote data set breaks off.
+    nothing of the shard can be read, and where a remote data set breaks off. Keys are UTF-8 and lead nowhere.
     """
     seen: set[str] = set()
     for item in READERS[shard.kind](shard):
+        if item.error is None and leads_out(item.key):
+            item = Item(item.key, None, error="its key leads out of the folder")
         if item.error is None and item.key in seen:
             item = Item(item.key, None, error="another image of this shard has the same key")
         try:
@@ -80,7 +101,9 @@ def read_shard(shard: ShardRef) -> Iterator[Item]:
 # ---------------------------------------------------------------- what a spec names
 
 
-def _cuts(spec: str, shard_rows: int) -> tuple[str, Iterator[Cut]]:
+def _cuts(
+    spec: str, shard_rows: int, index: Path | None, others: Counter[str] | None
+) -> tuple[str, Iterator[Cut]]:
     if shard_rows < 1:
         raise ValueError(f"shards of {shard_rows} rows")
     if spec.startswith("hf:"):
@@ -96,7 +119,7 @@ def _cuts(spec: str, shard_rows: int) -> tuple[str, Iterator[Cut]]:
             return "hf", hf_cuts(f"hf:{path}", shard_rows)
         files = _tables_only(path)
         if not files:
-            return "folder", folder_cuts(path, shard_rows)
+            return "folder", folder_cuts(path, shard_rows, index, others)
     elif path.is_file():
         if path.suffix.lower() in LISTS:
             return "list", list_cuts(path, shard_rows)

@@ -60,35 +60,47 @@ def _whole(kind: Any) -> bool:
     return bool(pa.types.is_integer(kind))
 
 
-def row_item(batch: Any, row: int, columns: Columns, fallback: str, home: Path) -> Item:
-    """One row of an Arrow batch; a cell that cannot be read is the error of its row only."""
+def row_item(batch: Any, row: int, columns: Columns, fallback: str, home: Path, remote: bool = False) -> Item:
+    """One row of an Arrow batch; a cell that cannot be read is the error of its row only.
+
+    Paths lead to files below ``home``; those of a ``remote`` source, also to files of the hub.
+    """
     key = fallback
     try:
         if columns.key is not None:
             value = batch.column(columns.key)[row].as_py()
             key = fallback if value is None or value == "" else str(value)
-        image = _cell(batch.column(columns.image)[row].as_py(), home)
+        image = _cell(batch.column(columns.image)[row].as_py(), home, remote)
         caption = batch.column(columns.caption)[row].as_py() if columns.caption else None
-    except (ValueError, OSError) as error:  # text that is not UTF-8, a remote file that is gone
-        return Item(key, None, error=f"the row cannot be read: {' '.join(str(error).split())[:200]}")
+    except Exception as error:  # the boundary: text that is not UTF-8, a file of the hub that is gone, ...
+        reason = " ".join(str(error).split()) or type(error).__name__
+        world = isinstance(error, OSError)
+        return Item(key, None, error=f"the row cannot be read: {reason[:200]}", world=world)
+    if isinstance(image, Path) and columns.key == columns.image:  # where it lies is no name of its own
+        key = Path(os.path.normpath(image)).relative_to(home).as_posix()
     if isinstance(image, bytes) and len(image) > MAX_BYTES:
         return Item(key, None, error=f"file too large: {len(image):,} bytes, limit {MAX_BYTES:,}")
     return Item(key, image, caption, None if image is not None else "no image in the row")
 
 
-def _cell(value: Any, home: Path) -> bytes | Path | None:
+def _cell(value: Any, home: Path, remote: bool) -> bytes | Path | None:
     if isinstance(value, dict):
         data = value.get("bytes")
         value = data if data is not None else value.get("path")
     if value is None or isinstance(value, bytes):
         return value
-    if isinstance(value, str) and value.rpartition("::")[2].startswith("hf://"):  # streamed from the hub
+    if not isinstance(value, str) or "\0" in value or not value:
+        raise ValueError(f"{value!r} is no path of a file")
+    if remote and value.startswith("hf://") and "::" not in value:
         import fsspec  # type: ignore[import-untyped]
 
         with fsspec.open(value, "rb") as file:
             return file.read(MAX_BYTES + 1)
-    if not isinstance(value, str) or "\0" in value or not value or "://" in value:
-        raise ValueError(f"{value!r} is no path of a file")
+    # whoever wrote the table does not choose which files of this machine, or of the network, are opened
+    if "://" in value or "::" in value:
+        raise ValueError(f"{value!r} is an address, and the data set is not one of the hub")
+    if not Path(os.path.normpath(home / value)).is_relative_to(home):
+        raise ValueError(f"{value!r} leads out of {home}")
     return home / value
 
 

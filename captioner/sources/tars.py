@@ -1,11 +1,17 @@
-"""Webdataset tars: a stream of members, of which adjacent ones with one key are a sample."""
+"""Webdataset tars: a stream of members, of which adjacent ones with one key are a sample.
+
+What a header says is checked against the size of the file before anything is done about it, and behind a
+damaged one the reader looks for the next good one: one bad header costs its own member.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import tarfile
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from captioner.errors import DataError
 from captioner.sources.folder import is_image_name
@@ -14,6 +20,21 @@ from captioner.views import MAX_BYTES
 
 MAX_TEXT = 1 << 20  # bytes of a caption or of metadata in a tar
 BLOCK = 512  # bytes: what a tar consists of
+LONG_HEADERS = (
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)
+
+
+class _Damage(Exception):
+    """What is wrong with a tar; at ``byte`` it goes on, perhaps."""
+
+    def __init__(self, reason: str, byte: int):
+        super().__init__(reason)
+        self.byte = byte
 
 
 def read_tar(shard: ShardRef) -> Iterator[Item]:
@@ -22,30 +43,33 @@ def read_tar(shard: ShardRef) -> Iterator[Item]:
         if not path.is_file():
             raise DataError("not a file" if path.exists() else "no such file", where=str(path))
         file = path.open("rb")
-        # A stream is never sought back, so that no header can lead the reader in a circle.
-        tar = tarfile.open(fileobj=file, mode="r|", encoding="utf-8")  # noqa: SIM115
-    except (OSError, tarfile.TarError) as error:
-        mend = "a compressed tar wants to be unpacked: gunzip"
-        raise DataError(f"not a tar that can be read: {error}", where=str(path), mend=mend) from error
-    with file, tar:
-        damage = yield from _samples(tar)
-        damage = damage or _after_end(path, tar.offset)
-    if damage:
-        yield Item(shard.name, None, error=damage)
+    except OSError as error:
+        raise DataError(f"not a tar that can be read: {error}", where=str(path)) from error
+    with file:
+        size = os.fstat(file.fileno()).st_size
+        if _next_header(file, 0, BLOCK) is None:
+            mend = "a compressed tar wants to be unpacked: gunzip"
+            raise DataError("not a tar that can be read: no header", where=str(path), mend=mend)
+        start: int | None = 0
+        found = 0
+        while start is not None:
+            members = _members(file, start, size)
+            start = None
+            try:
+                yield from _samples(members)
+            except _Damage as damage:
+                found += 1
+                key = shard.name if found == 1 else f"{shard.name}#{found}"
+                yield Item(key, None, error=str(damage))
+                start = _next_header(file, damage.byte, size)
 
 
-def _samples(tar: tarfile.TarFile) -> Generator[Item, None, str | None]:
-    """The samples of a tar: adjacent members with one key. Returns what is wrong with the tar, or None."""
-    key, parts = None, _Sample()
-    damage = None
-    while True:
-        try:
-            member = tar.next()
-            if member is None:
-                break
-            tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep every header
-            problem = _problem(member)
-            if problem:
+def _samples(members: Iterator[tuple[tarfile.TarInfo, tarfile.TarFile]]) -> Iterator[Item]:
+    """The samples of a tar: adjacent members with one key. Raises _Damage behind what could be read."""
+    key, parts, damage = None, _Sample(), None
+    try:
+        for member, tar in members:
+            if problem := _problem(member):
                 yield Item(member.name, None, error=problem)
                 continue
             name, extension = _split(member.name)
@@ -55,12 +79,58 @@ def _samples(tar: tarfile.TarFile) -> Generator[Item, None, str | None]:
                 yield from parts.items(key)
                 key, parts = name, _Sample()
             parts.add(tar, member, extension)
-        except Exception as error:  # the boundary: broken headers make tarfile raise what they like
-            reason = " ".join(str(error).split()) or type(error).__name__
-            damage = f"the tar is damaged: {reason[:200]}"
-            break
+    except _Damage as error:
+        damage = error
     yield from parts.items(key)
-    return damage
+    if damage:
+        raise damage
+
+
+def _members(file: IO[bytes], start: int, size: int) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarFile]]:
+    """The members from a byte on to the end of the archive. Raises _Damage."""
+
+    class Checked(tarfile.TarInfo):
+        @classmethod
+        def frombuf(cls, buf: bytes | bytearray, encoding: str | None, errors: str) -> Checked:
+            header = super().frombuf(buf, encoding or "utf-8", errors)
+            limit = MAX_TEXT if header.type in LONG_HEADERS else size
+            if not 0 <= header.size <= limit:
+                raise tarfile.HeaderError(f"a member of {header.size:,} bytes, limit {limit:,}")
+            return header
+
+    after = start + BLOCK  # where to look for what comes behind a damage
+    try:
+        file.seek(start)
+        with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", tarinfo=Checked) as tar:
+            while (member := tar.next()) is not None:
+                tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep every header
+                if not 0 <= member.size <= size - member.offset_data:  # as a pax header may say
+                    after = member.offset_data
+                    what = f"{member.name[:100]!r} has {member.size:,} bytes, and the file ends before"
+                    raise tarfile.HeaderError(what)
+                yield member, tar
+                after = tar.offset + BLOCK
+            end = tar.offset
+    except Exception as error:  # the boundary: broken headers make tarfile raise what they like
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise _Damage(f"the tar is damaged: {reason[:200]}", after) from error
+    if problem := _after_end(file, end):
+        raise _Damage(problem, end + BLOCK)
+
+
+def _next_header(file: IO[bytes], start: int, size: int) -> int | None:
+    """Where the next good header of a tar begins, at ``start`` or behind it; None where none does."""
+    at = -(-start // BLOCK) * BLOCK
+    file.seek(at)
+    while at < size and len(block := file.read(BLOCK)) == BLOCK:
+        if block[257:262] == b"ustar" or at == 0:
+            try:
+                tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+                return at
+            except tarfile.HeaderError:
+                pass
+        at += BLOCK
+    return None
 
 
 class _Sample:
@@ -71,6 +141,7 @@ class _Sample:
         self.caption: str | None = None
         self.errors: list[str] = []
         self.others: list[str] = []
+        self.unread = False  # the disk gave no image, though there is one
 
     def add(self, tar: tarfile.TarFile, member: tarfile.TarInfo, extension: str) -> None:
         last = extension.rpartition(".")[2].lower()
@@ -80,13 +151,11 @@ class _Sample:
             elif member.size > MAX_BYTES:
                 self.errors.append(f"file too large: {member.size:,} bytes, limit {MAX_BYTES:,}")
             else:
-                try:
-                    self.image = _bytes(tar, member)
-                except Exception:
-                    self.errors.append("the tar ends inside this image")
-                    raise
+                self.image = _bytes(tar, member)
+                if self.image is None:
+                    self.unread = True
         elif last in ("txt", "caption", "json") and member.size <= MAX_TEXT:
-            text = _bytes(tar, member).decode("utf-8", "replace")
+            text = (_bytes(tar, member) or b"").decode("utf-8", "replace")
             if last == "json":
                 self.caption = self.caption or _json_caption(text)
             else:
@@ -98,15 +167,20 @@ class _Sample:
             return
         if self.image is not None:
             yield Item(key, self.image, self.caption)
+        elif self.unread:
+            yield Item(key, None, error="it cannot be read from the tar", world=True)
         elif not self.errors:
             yield Item(key, None, error=f"no image in the sample, but {', '.join(self.others)[:100]}")
         for error in self.errors:
             yield Item(key, None, error=error)
 
 
-def _bytes(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    stream = tar.extractfile(member)
-    return stream.read() if stream is not None else b""
+def _bytes(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | None:
+    try:
+        stream = tar.extractfile(member)
+        return stream.read() if stream is not None else b""
+    except (OSError, tarfile.TarError):  # a failing disk, a file that became shorter
+        return None
 
 
 def _json_caption(text: str) -> str | None:
@@ -139,16 +213,15 @@ def _split(name: str) -> tuple[str, str]:
     return (folder + slash + stem, extension) if stem and dot else ("", "")
 
 
-def _after_end(path: Path, offset: int) -> str | None:
+def _after_end(file: IO[bytes], offset: int) -> str | None:
     """What is wrong behind the last member, None for the zeros that end a tar: tarfile stops at any header
     that it cannot read and says nothing."""
-    with path.open("rb") as file:
-        file.seek(offset)
-        block = file.read(BLOCK)
-        if len(block) < BLOCK:
-            return "the tar is cut off"
-        while block:
-            if block.strip(b"\0"):
-                return f"the tar is damaged, or goes on behind its end, at byte {offset:,}"
-            block = file.read(1 << 20)
+    file.seek(offset)
+    block = file.read(BLOCK)
+    if len(block) < BLOCK:
+        return "the tar is cut off"
+    while block:
+        if block.strip(b"\0"):
+            return f"the tar is damaged, or goes on behind its end, at byte {offset:,}"
+        block = file.read(1 << 20)
     return None
