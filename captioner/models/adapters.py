@@ -15,7 +15,6 @@ Shapes: N tokens of any leading shape, D width of the tower, r inner units of th
 from __future__ import annotations
 
 import hashlib
-import json
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -188,7 +187,8 @@ def load(captioner: Captioner, name: str, folder: Path) -> None:
     Raises CheckpointError if it is damaged or was trained on another base.
     """
     try:
-        settings: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        settings = checkpoint.read_json(folder / CONFIG_FILE)
+        checkpoint.refuse_hostile(settings, folder / CONFIG_FILE)
         kind: Any = KINDS[settings["type"]]
         tuning = kind.model_validate({key: settings[key] for key in kind.model_fields})
         base, base_path, seed = settings["base"], settings["base_path"], int(settings["seed"])

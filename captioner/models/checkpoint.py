@@ -31,7 +31,7 @@ _SETTINGS_FILES = (
 # Keys that make transformers fetch, import or run what the checkpoint names.
 _REFUSED = re.compile(
     r"_?(attn|experts)_implementation.*"  # `owner/name` is a kernel, fetched from the hub
-    r"|auto_map|_auto_class|custom_\w+|trust_remote_code"  # Python files
+    r"|auto_map(ping)?|_auto_class|custom_\w+|trust_remote_code"  # Python files
     r"|\w*kernels?(_config|_mapping)?"
     r"|(use_)?(timm|pretrained)_backbone|use_timm\w*|backbone\w*"  # another model
     r"|transformers_weights|gguf_file"  # other weights

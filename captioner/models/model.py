@@ -28,6 +28,7 @@ from transformers import (
     ProcessorMixin,
 )
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
 from captioner.config import ModelConfig, ViewsConfig
 from captioner.errors import CheckpointError, ConfigError
@@ -36,6 +37,7 @@ from captioner.models.checkpoint import Own, check_files, own_settings
 from captioner.models.families import FAMILIES, Family
 from captioner.runs import checkpoint_path
 
+disable_progress_bar()  # of transformers 5, which draws two for every file of weights
 DEFAULT_VIEW_SIZE = 448  # px; where the checkpoint fixes none
 SOFT_TOKEN = "<|soft_{}|>"
 SPECIAL_TOKENS = (

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from PIL import Image
 from torch import Tensor
 
@@ -100,14 +101,17 @@ class Renderer:
             {"role": "user", "content": content},
             {"role": "assistant", "content": [{"type": "text", "text": assistant}]},
         ]
-        text = self.captioner.processor.apply_chat_template(messages, tokenize=False)
+        try:  # in a sandbox: a template comes from outside
+            text = self.captioner.processor.apply_chat_template(messages, tokenize=False)
+        except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+            text = f"{type(error).__name__}: {error}"
         head, image, rest = text.partition(VISION)
         before, _, rest = rest.partition(user)
         turn, _, after = rest.partition(assistant)
         end = self.captioner.tokenizer.convert_tokens_to_ids("<|im_end|>")
         if not image or before or not turn or not after.startswith("<|im_end|>") or end is None:
             raise CheckpointError(
-                "the chat template does not have the form of the Qwen-VL family",
+                f"the chat template does not have the form of the Qwen-VL family: {text[:200]!r}",
                 where=str(self.captioner.path),
                 mend="use a Qwen2-VL, Qwen2.5-VL or Qwen3-VL instruct checkpoint with its own chat template",
             )

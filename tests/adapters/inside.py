@@ -99,7 +99,7 @@ def test_our_hook_equals_the_librarys(placement: Kind) -> None:
         made.loss.backward()
         gradients = [p.grad.clone() for p in adapters._parameters(ours).values() if p.grad is not None]
         found.append([made.logits.detach(), soft_prompt.rows(captioner).grad, *gradients])
-    assert len(found[0]) == len(found[1]) > 20
+    assert len(found[0]) == len(found[1]) > 12
     for one, other in zip(*found, strict=True):
         assert (one - other).abs().max() <= 1e-6 * other.abs().max()
     plain = tiny_captioner("qwen2_5_vl", torch.float64)
