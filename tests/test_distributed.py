@@ -204,15 +204,17 @@ def test_sharded_parameters_and_the_model_that_comes_out(half: bool) -> None:
 
 
 def test_a_message_of_another_rank_is_passed_on(tmp_path: Path) -> None:
-    """Two images, the second of which cannot be read; with a batch of one it is rank 0's or rank 1's."""
+    """Of two images one breaks after it was looked at; with a batch of one it is rank 0's or rank 1's."""
     tiny_checkpoint(tmp_path / "base")
     from captioner.lab import grid as scenes
 
     scenes.write("sft", 2, tmp_path / "images")
     bad = sorted((tmp_path / "images" / "images").glob("*.png"))[1]
-    bad.write_bytes(b"no image")
     fields = FIELDS | {"model.path": str(tmp_path / "base"), "sft.data": str(tmp_path / "images")}
     broken = start(tmp_path / "run", fields | {"sft.validation": "none"}, "--gpus", "2")
+    while broken.poll() is None and not list((tmp_path / "run").glob("sft/failed/*.parquet")):
+        time.sleep(0.01)
+    bad.write_bytes(b"no image")
     _, said = broken.communicate(timeout=400)
     assert broken.returncode == 2
     assert said.count("bad image") == 1 and "captioner sft ended with exit code 2" in said
