@@ -92,12 +92,16 @@ class TrainingConfig(Section):
     """Steps between lines of metrics.jsonl."""
     patience: int = Field(0, ge=0)
     """Validation losses (one per `save_steps`) without a new best that stop the training; 0 = off."""
-    gradient_checkpointing: bool = False
-    """Compute activations again in the backward pass: less memory, about a third more time."""
+    gradient_checkpointing: bool | None = None
+    """Compute activations again in the backward pass: less memory, about a third more time. None = for
+    models of more than 500 M parameters."""
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     """Trackers that get the metrics beside metrics.jsonl; each must be installed."""
     seed: int = 0
     """Seed of data order, initial weights and dropout."""
+    microbatch_size: int | None = Field(None, ge=1)
+    """Images of a batch that one forward pass sees; their gradients are added up. It divides `batch_size`.
+    None = the whole batch, or 1 for models of more than 500 M parameters."""
 
 
 Part = Literal["merger", "vision", "language", "head", "embeddings"]

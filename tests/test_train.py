@@ -329,6 +329,42 @@ def test_gradient_checkpointing_gives_the_same_losses(rows: list[ImageRow], tmp_
     assert logged(tmp_path / "b") == pytest.approx(logged(tmp_path / "a"), abs=1e-4)
 
 
+def test_microbatches_take_the_same_steps(rows: list[ImageRow], tmp_path: Path) -> None:
+    for name, micro in (("a", None), ("b", 1)):
+        (tmp_path / name).mkdir()
+        training = TRAINING.model_copy(update={"microbatch_size": micro})
+        fit(prepared(), rows, tmp_path / name, training, validation=loop.training_images(rows, SETTINGS))
+    for loss in ("loss", "validation_loss"):
+        assert logged(tmp_path / "b", loss) == pytest.approx(logged(tmp_path / "a", loss), abs=2e-4)
+    with pytest.raises(ConfigError, match="Microbatches of 3 images"):
+        fit(prepared(), rows, tmp_path, TRAINING.model_copy(update={"microbatch_size": 3}))
+
+
+def test_large_models_are_trained_image_by_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    captioner, training = prepared(), TrainingConfig(batch_size=16, accumulation=2)
+    small = train.sft_arguments(captioner, training, tmp_path)
+    monkeypatch.setattr(train, "LARGE", captioner.model.num_parameters() - 1)
+    large = train.sft_arguments(captioner, training, tmp_path)
+    told = training.model_copy(update={"gradient_checkpointing": False, "microbatch_size": 4})
+    found = [
+        (a.per_device_train_batch_size, a.gradient_accumulation_steps, a.gradient_checkpointing)
+        for a in (small, large, train.sft_arguments(captioner, told, tmp_path))
+    ]
+    assert found == [(16, 2, False), (1, 32, True), (4, 8, False)]
+
+
+def test_validation_makes_no_logits_of_every_token(rows: list[ImageRow]) -> None:
+    captioner = prepared()
+    renderer = render.Renderer(captioner, ViewsConfig())
+    images = loop.training_images(rows, SETTINGS)
+    seen: list[torch.Size] = []
+    captioner.model.get_output_embeddings().register_forward_hook(
+        lambda _module, _args, output: seen.append(output.shape)
+    )
+    train.validation_loss(captioner, renderer, images, 2)
+    assert seen == [] and "forward" not in captioner.model.__dict__
+
+
 def test_early_stop_keeps_the_best(
     rows: list[ImageRow], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

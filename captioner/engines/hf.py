@@ -119,8 +119,8 @@ class HFEngine:
         self._bias = torch.tensor(bias, device=captioner.device, dtype=_wide_type(captioner.model.dtype))
 
     def close(self) -> None:
-        """Drop the model."""
-        self.model = None
+        """Drop the captioner; no request may follow."""
+        self.model = self.captioner = self.renderer = None  # type: ignore[assignment]
 
     # ---- captions
 
@@ -246,7 +246,7 @@ class HFEngine:
             attention_mask=mask,
             position_ids=positions.to(device),
             past_key_values=cache,
-            pixel_values=renderer.normalise(torch.cat([each.patches for each in shown])).to(device),
+            pixel_values=renderer.pixels([each.patches for each in shown]).to(device),
             image_grid_thw=torch.cat([each.grid for each in shown]).to(device),
             use_cache=True,
         )[0]

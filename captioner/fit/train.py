@@ -9,6 +9,7 @@ Shapes: B batch, T tokens of a packed row, L tokens of a branch, D width.
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 import os
@@ -30,6 +31,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import SFTConfig, SFTTrainer
+from trl.trainer.utils import add_fused_lm_head
 
 from captioner import prompts
 from captioner.config import FullTuning, SoftPromptConfig, TrainingConfig, Tuning
@@ -44,6 +46,7 @@ from captioner.views import BadImage, load_image
 ADAPTER = "captioner"  # name of the one adapter that a captioner carries
 CACHE_BYTES = 1 << 29  # of cut images that are kept between epochs
 CACHED_BRANCHES = 1 << 16
+LARGE = 500_000_000  # parameters above which a batch of several images with all activations fills a GPU
 
 
 @dataclass(frozen=True)
@@ -377,7 +380,8 @@ def train_sft(
     args = sft_arguments(captioner, training, out)
     validate = None
     if validation is not None:
-        validate = partial(validation_loss, captioner, renderer, validation, training.batch_size)
+        size = args.per_device_train_batch_size
+        validate = partial(validation_loss, captioner, renderer, validation, training.batch_size, size)
     elif training.patience:
         mend = "name validation images, or --sft.training.patience 0"
         raise ConfigError("An early stop needs a validation loss.", where="training.patience", mend=mend)
@@ -386,27 +390,39 @@ def train_sft(
 
 
 def validation_loss(
-    captioner: Captioner, renderer: Renderer, images: TrainingImages, batch_size: int
+    captioner: Captioner,
+    renderer: Renderer,
+    images: TrainingImages,
+    batch_size: int,
+    microbatch_size: int | None = None,
 ) -> float:
     """Cross-entropy per answer token over all images, each with the targets of its first draw.
 
-    Where several processes train, each computes its share of the batches.
+    Where several processes train, each computes its share of the batches. TRL's fused head gives the losses:
+    logits of every token over the whole vocabulary would need more memory than a training step.
     """
+    if "forward" not in captioner.model.__dict__:  # no trainer is at work
+        add_fused_lm_head(captioner.model)
+        try:
+            return validation_loss(captioner, renderer, images, batch_size, microbatch_size)
+        finally:
+            del captioner.model.forward
     collator = Collator(renderer, images, 0, batch_size)
     collator.order = lambda position: position  # type: ignore[assignment]
     total, tokens = 0.0, 0
     was_training = captioner.model.training
     captioner.model.eval()
-    for first in range(0, len(images), world_size() * batch_size):
-        start = first + rank() * batch_size
-        shown = range(start, min(start + batch_size, len(images)))
+    size = microbatch_size or batch_size
+    for first in range(0, len(images), world_size() * size):
+        start = first + rank() * size
+        shown = range(start, min(start + size, len(images)))
         # sharded ranks run as many forwards as the others, the last of them for nothing
         batch = collator([{"position": i} for i in shown or (0,)])
         batch.pop("positions")
         count = int((batch["labels"][:, 1:] != IGNORED).sum()) if shown else 0
         with torch.no_grad():
             arguments = {name: tensor.to(captioner.device) for name, tensor in batch.items()}
-            total += captioner.model(**arguments, use_cache=False).loss.item() * count
+            total += captioner.model(**arguments, fused_lm_head=True).loss.item() * count
         tokens += count
     captioner.model.train(was_training)
     total, all_tokens = distributed.add_up([total, tokens], captioner.device)
@@ -491,7 +507,12 @@ def _train(
             if last:
                 report(f"resuming from step {last.name.rpartition('-')[2]}")
             trainer.train(resume_from_checkpoint=str(last) if last else None)
+            # trainer and callbacks hold one another; AdamW's state must not wait for the collector
+            del trainer, log.trainer
         log.restore_best(captioner.model)
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     return log.last | {"seconds": time.monotonic() - begin}
 
 
@@ -520,6 +541,8 @@ def make_trainer(
         processing_class=captioner.processor,
         callbacks=list(callbacks),
     )
+    # the mean over the tokens of all batches of a step, however they are split
+    trainer.model_accepts_loss_kwargs = issubclass(kind, SFTTrainer)
     trainer.remove_callback(PrinterCallback)  # metrics.jsonl holds what it would print
     return trainer
 
@@ -535,6 +558,14 @@ def _arguments(captioner: Captioner, training: TrainingConfig, out: Path) -> dic
     Raises ConfigError for a tracker that is not installed.
     """
     device, dtype = captioner.device.type, captioner.model.dtype
+    large, recompute = captioner.model.num_parameters() > LARGE, training.gradient_checkpointing
+    micro = training.microbatch_size or (1 if large else training.batch_size)
+    if training.batch_size % micro:
+        raise ConfigError(
+            f"Microbatches of {micro} images do not divide a batch of {training.batch_size}.",
+            where="training.microbatch_size",
+            mend="name a divisor of training.batch_size",
+        )
     for tracker in training.report_to:
         if importlib.util.find_spec(tracker) is None:
             where, mend = "training.report_to", f"pip install {tracker}, or leave it out"
@@ -544,8 +575,8 @@ def _arguments(captioner: Captioner, training: TrainingConfig, out: Path) -> dic
     return {
         "output_dir": str(out / "checkpoints"),
         "max_steps": training.steps,
-        "per_device_train_batch_size": training.batch_size,
-        "gradient_accumulation_steps": training.accumulation,
+        "per_device_train_batch_size": micro,
+        "gradient_accumulation_steps": training.accumulation * training.batch_size // micro,
         "learning_rate": training.learning_rate,
         "lr_scheduler_type": "cosine",
         "warmup_steps": round(training.warmup * training.steps),
@@ -559,7 +590,7 @@ def _arguments(captioner: Captioner, training: TrainingConfig, out: Path) -> dic
         "logging_nan_inf_filter": False,
         "bf16": dtype == torch.bfloat16 or (device == "cuda" and dtype != torch.float64),
         "use_cpu": device == "cpu",
-        "gradient_checkpointing": training.gradient_checkpointing,
+        "gradient_checkpointing": large if recompute is None else recompute,
         "gradient_checkpointing_kwargs": {"use_reentrant": False},
         "remove_unused_columns": False,
         # On a GPU the batches are prepared beside it; on a CPU workers would only take the model's cores.

@@ -175,7 +175,7 @@ def load(
     captioner = _captioner(model.eval(), processor, path, settings, own)
     if own.soft_prompt_ids:
         _strip_soft_rows(captioner, own)
-    vision.speed_up(captioner.visual)
+    vision.speed_up(captioner.visual, processor.image_processor)
     return captioner
 
 

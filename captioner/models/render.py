@@ -23,6 +23,7 @@ from captioner import prompts, views
 from captioner.config import ViewsConfig, ViewsOverride
 from captioner.errors import CheckpointError, DataError
 from captioner.models.model import Captioner
+from captioner.models.vision import Normaliser
 
 IGNORED = -100  # label of a token that carries no loss
 VISION = "<|vision_start|><|image_pad|><|vision_end|>"  # what the family's chat templates write for an image
@@ -85,10 +86,7 @@ class Renderer:
         self.patch, self.merge, self.frames = images.patch_size, images.merge_size, images.temporal_patch_size
         self.factor = self.patch * self.merge
         self.size = self.config.size or captioner.view_size
-        scale = images.rescale_factor if images.do_rescale else 1.0
-        mean, std = (images.image_mean, images.image_std) if images.do_normalize else ([0.0] * 3, [1.0] * 3)
-        self._mean = torch.tensor(mean, dtype=torch.float32).view(1, 3, 1) * (1.0 / scale)
-        self._std = torch.tensor(std, dtype=torch.float32).view(1, 3, 1) * (1.0 / scale)
+        self._normaliser = Normaliser(images)
         self._read_template()
         self._tags = {w: tuple(v.tag for v in self.plan(1024, 1024, w)) for w in (False, True)}
         self._prefixes: dict[tuple[Any, ...], Prefix] = {}
@@ -173,8 +171,12 @@ class Renderer:
         """uint8 patches [P, 3*p*p] -> pixel_values, float32 [P, C]; float input is returned as it is."""
         if patches.dtype != torch.uint8:
             return patches
-        x = (patches.view(len(patches), 3, -1) - self._mean) / self._std
-        return x.unsqueeze(2).expand(-1, -1, self.frames, -1).reshape(len(patches), -1)
+        return self._normaliser(patches)
+
+    def pixels(self, parts: Sequence[Tensor]) -> Tensor:
+        """What the model is fed: raw patches as they are where all are (it normalises them on its device)."""
+        raw = self.frames > 1 and all(part.dtype == torch.uint8 for part in parts)
+        return torch.cat(list(parts) if raw else [self.normalise(part) for part in parts])
 
     def images_batch(
         self, images: Sequence[Image.Image], whole_only: bool = False
@@ -276,10 +278,10 @@ def collate(renderer: Renderer, rows: Sequence[TrainRow]) -> dict[str, Tensor]:
     """Training rows -> the model's arguments; the branches of an image share its prefix in one sequence.
 
     Returns input_ids [B, T], labels [B, T] (-100 outside answers), position_ids [3, B, T],
-    pixel_values [P, C], image_grid_thw [V, 3] and attention_mask: with one branch in every row the usual
-    [B, T]; else bool [B, 1, T, T] in which a branch sees the prefix and itself (for ``sdpa`` attention). Each
-    branch's positions go on right behind the prefix, so its logits are those of a sequence of its own. Padded
-    on the right.
+    pixel_values [P, C] or raw patches, image_grid_thw [V, 3] and attention_mask: with one branch in every row
+    the usual [B, T]; else bool [B, 1, T, T] in which a branch sees the prefix and itself (for ``sdpa``
+    attention). Each branch's positions go on right behind the prefix, so its logits are those of a sequence
+    of its own. Padded on the right.
     """
     ids, labels, positions, segments = zip(*(_lay_out(renderer, row) for row in rows), strict=True)
     pad = renderer.captioner.tokenizer.pad_token_id
@@ -299,7 +301,7 @@ def collate(renderer: Renderer, rows: Sequence[TrainRow]) -> dict[str, Tensor]:
         "attention_mask": attention_mask,
         "position_ids": position_ids,
         "labels": _pad(labels, IGNORED),
-        "pixel_values": torch.cat([renderer.normalise(row.pixel_values) for row in rows]),
+        "pixel_values": renderer.pixels([row.pixel_values for row in rows]),
         "image_grid_thw": torch.cat([row.grid for row in rows]),
     }
 
