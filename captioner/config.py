@@ -104,6 +104,11 @@ class TrainingConfig(Section):
     None = the whole batch, or 1 for models of more than 500 M parameters."""
 
 
+def _check_no_patience(training: TrainingConfig) -> None:
+    if training.patience:
+        raise ValueError("training.patience must be 0: this training has no validation loss to stop on")
+
+
 Part = Literal["merger", "vision", "language", "head", "embeddings"]
 
 
@@ -206,6 +211,11 @@ class QAConfig(Section):
     band_accuracy: float = Field(0.7, ge=0.5, lt=1)
     """What "yes" and "no" must reach on held-out questions; where they do not, a claim may be asked again."""
     training: TrainingConfig = TrainingConfig(steps=150)
+
+    @model_validator(mode="after")
+    def _no_early_stop(self) -> Self:
+        _check_no_patience(self.training)
+        return self
 
 
 class SamplingConfig(Section):
@@ -376,6 +386,9 @@ class DPOConfig(Section):
 
     @model_validator(mode="after")
     def _fitting(self) -> Self:
+        _check_no_patience(self.training)
+        if self.tuning.placement != "parallel":
+            raise ValueError("tuning.placement must be parallel: a round ends with an exported captioner")
         if self.loss_weights and len(self.loss_weights) != len(self.loss):
             raise ValueError(f"{len(self.loss)} losses have {len(self.loss_weights)} loss_weights")
         if "exo_pair" in self.loss and not self.label_smoothing:

@@ -164,3 +164,18 @@ def test_any_text_is_accepted_or_named(overrides: dict[str, str]) -> None:
         load(None, overrides)
     except ConfigError as error:
         assert str(error)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "says"),
+    [
+        ("qa.training.patience", "2", "no validation loss"),
+        ("dpo.training.patience", "2", "no validation loss"),
+        ("dpo.tuning.placement", "sequential", "must be parallel"),
+    ],
+)
+def test_a_field_that_a_training_cannot_keep_is_refused_at_the_start(
+    field: str, value: str, says: str
+) -> None:
+    with pytest.raises(ConfigError, match=says):
+        load(None, {field: value})

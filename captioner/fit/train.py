@@ -383,7 +383,7 @@ def train_sft(
         size = args.per_device_train_batch_size
         validate = partial(validation_loss, captioner, renderer, validation, training.batch_size, size)
     elif training.patience:
-        mend = "name validation images, or --sft.training.patience 0"
+        mend = "set sft.validation, or training.patience 0"
         raise ConfigError("An early stop needs a validation loss.", where="training.patience", mend=mend)
     log = _Log(out, validate, training.patience)
     return _train(_SFT, captioner, collator, args, out, log, report, shard=shard and world_size() > 1)

@@ -322,11 +322,15 @@ def _quantized(captioner: Captioner) -> bool:
 
 def _add_bottlenecks(captioner: Captioner, tuning: AdapterTuning, name: str) -> None:
     """The up-projections start at zero."""
-    for tower, layers in captioner.layers.items():
-        width: int = getattr(tuning, f"{tower}_width")
+    sizes = {
+        "vision": (tuning.vision_width, tuning.vision_layers),
+        "language": (tuning.language_width, tuning.language_layers),
+    }
+    for tower, (width, numbers) in sizes.items():
         if not width:
             continue
-        picked = _picked(getattr(tuning, f"{tower}_layers"), len(layers), tower)
+        layers = captioner.layers[tower]
+        picked = _picked(numbers, len(layers), tower)
         if tuning.placement in LIBRARY_KINDS:
             library_adapters.add(captioner, tower, name, width, picked, tuning.placement)
             continue
