@@ -264,7 +264,7 @@ def test_damaged_adapter_is_refused(spoil: str, tmp_path: Path) -> None:
     add(captioner, "captioner", 5, 7)
     adapters.save(captioner, "captioner", tmp_path)
     (tmp_path / spoil).write_bytes((tmp_path / spoil).read_bytes()[:40])
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with pytest.raises(CheckpointError, match=r"cannot be read|is no JSON"):
         adapters.load(tiny_captioner(), "captioner", tmp_path)
 
 
