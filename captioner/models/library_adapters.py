@@ -11,6 +11,7 @@ from __future__ import annotations
 import types
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -60,7 +61,7 @@ def add(captioner: Captioner, tower: str, name: str, width: int, layers: Sequenc
             unit.to(captioner.device, precise).requires_grad_(True)
             nn.init.zeros_(unit.adapter_up.weight)  # a new adapter changes nothing, as ours
             unit.register_forward_pre_hook(_to_precise)
-            unit.register_forward_hook(_from_precise)
+            unit.register_forward_hook(partial(_to_dtype, captioner.model.dtype))
     model.adapters_config.active_setup = library.composition.Stack(name)
     captioner.model.gradient_checkpointing_enable = types.MethodType(_checkpointing, captioner.model)
 
@@ -83,8 +84,8 @@ def _to_precise(unit: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return (args[0].to(unit.adapter_up.weight.dtype), *args[1:])
 
 
-def _from_precise(unit: Any, args: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (output[0].to(args[0].dtype), *output[1:])
+def _to_dtype(dtype: torch.dtype, _unit: Any, _args: Any, output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (output[0].to(dtype), *output[1:])
 
 
 def _patch(library: Any, model: Any, family: Family, tower: str) -> None:
