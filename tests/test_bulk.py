@@ -670,13 +670,15 @@ def caption_row(number: int, caption: str | None = None, **more: Any) -> Caption
 def test_a_journal_without_its_last_lines_is_mended(tmp_path: Path) -> None:
     output = Output(tmp_path)
     for shard in range(4):
-        output.publish(shard, [caption_row(shard, "x"), caption_row(9, error="too small: 1 px")])
+        made = [caption_row(shard, "x"), caption_row(9, error="too small: 1 px")]
+        output.shards.write(shard, made)
+        output.enter(shard, Tally.of(made))
     journal = tmp_path / ".shards.jsonl"
     whole = journal.read_text()
     for cut in (0, 10, len(whole) - 1, len(whole) - len(whole) // 4):
         journal.write_text(whole[:cut])
         again = Output(tmp_path)
-        assert again.tally == output.tally == Tally(8, 4, 0, 40, {"too small": 4})
+        assert again.tally == output.tally == Tally(8, 4, 0, 40, 0, {"too small": 4})
         assert again.done == {0, 1, 2, 3} and len(journal.read_text().splitlines()) == 4
     (tmp_path / "00002.parquet").unlink()  # its line is of no use any more
     assert Output(tmp_path).done == {0, 1, 3} and Output(tmp_path).tally.rows == 6

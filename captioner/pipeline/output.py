@@ -144,12 +144,6 @@ class Output:
         for index in sorted(published - self.done):
             self.enter(index, Tally.of(self.shards.read(index)))
 
-    def publish(self, index: int, rows: Sequence[CaptionRow]) -> Tally:
-        """Publish the rows of a shard by rename; its log has done its work then."""
-        self.shards.write(index, rows)
-        Log(self.out, index).remove()
-        return Tally.of(rows)
-
     def enter(self, index: int, tally: Tally, mark: str = "") -> None:
         """Note in the journal that a shard is published."""
         line = json.dumps({"shard": index, **asdict(tally), "mark": mark}) + "\n"
