@@ -484,6 +484,8 @@ class CaptionConfig(Section):
     """GiB that images on their way to the engines may take on one machine; half of it for a single image."""
     outage: float = Field(3600.0, ge=0)
     """Seconds to wait for a disk of the input that is gone; then the job stops, to be begun again."""
+    join: bool = False
+    """Several machines give the same command with one output on a file system that they share."""
 
     @model_validator(mode="after")
     def _sampled(self) -> Self:

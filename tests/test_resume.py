@@ -41,6 +41,7 @@ from captioner.views import BadImage, Cut, ViewSpec
 from loops import cli
 
 ROOT = Path(__file__).resolve().parent.parent
+JOIN = ["--caption.join", "true"]
 FLAGS = ["--caption.shard_rows", "4", "--caption.prepare_processes", "0", "--max-failed", "1"]
 
 
@@ -371,13 +372,13 @@ def test_machines_that_join_share_the_shards(job: Job) -> None:
     for number in range(10, 400):
         job.picture(f"{number}.png", number)
     (job.home / "asked").write_text("")
-    both = [start(job, "--join") for _ in range(2)]
+    both = [start(job, *JOIN) for _ in range(2)]
     ends = [process.communicate(timeout=120)[1] for process in both]
     assert [process.returncode for process in both] == [0, 0], ends
     assert Counter(job.asked) == Counter(str(number) for number in range(400))
     assert len(job.rows) == 400 and len(list(job.out.glob("*.parquet"))) == 100
-    assert job.run("--join") == 0 and job.asked == []
-    assert job.run("--join", "--redo") == 2
+    assert job.run(*JOIN) == 0 and job.asked == []
+    assert job.run(*JOIN, "--redo") == 2
     assert job.run() == 0 and job.asked == []
 
 
