@@ -31,6 +31,7 @@ STARTS = 3  # times that a worker may die before it is ready
 DEATHS = 20  # workers that may die one after the other without a caption in between
 UNREAD = 2  # shards that a worker is handed ahead
 POLL = 0.2  # seconds
+LOOK = 1.0  # seconds between two looks at what other machines work on
 
 
 class Pool(Protocol):
@@ -82,6 +83,7 @@ class Coordinator:
         """``leases``: other machines work on the same shards."""
         self.leases, self.clock = leases, clock
         self.elsewhere: deque[ShardRef] = deque()  # that another machine has claimed
+        self._looked = -LOOK
         self.pool, self.settings, self.output, self.watch = pool, settings, output, watch
         self.limits = settings.config.caption
         self.workers = {number: _Worker() for number in range(workers)}
@@ -113,7 +115,8 @@ class Coordinator:
                 self.leases.close()
 
     def _left(self) -> bool:
-        if self._next is None and self.elsewhere:
+        if self._next is None and self.elsewhere and self.clock() - self._looked > LOOK:
+            self._looked = self.clock()
             self._look_elsewhere()
         busy = any(worker.shards for worker in self.workers.values())
         return bool(self._next or self.again or busy or self.elsewhere)
