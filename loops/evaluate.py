@@ -12,8 +12,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ from rich.table import Table
 
 from captioner import prompts
 from captioner.config import Config, SamplingConfig
-from captioner.engines import CaptionRequest, make_engine
+from captioner.engines import make_engine
 from captioner.errors import CheckpointError, ConfigError, DataError, Refused, RunError
 from captioner.judges import metrics
 from captioner.judges.appoint import Pool, appoint
@@ -31,7 +31,8 @@ from captioner.judges.base import Comparison, Said
 from captioner.judges.metrics import Counts, Interval
 from captioner.judges.verifier import pooled
 from captioner.method import qa
-from captioner.records import Candidate, CaptionRow
+from captioner.pipeline import stages
+from captioner.records import Candidate, CaptionRow, Failed
 from captioner.report.report import cell
 from captioner.runs import (
     Run,
@@ -45,8 +46,7 @@ from captioner.runs import (
     progress,
 )
 from captioner.sources import questions, resolve
-from captioner.sources.folder import ImageRow, load_row, read_folder
-from captioner.views import BadImage
+from captioner.sources.folder import ImageRow, read_folder
 from loops.stages import StagePlan
 
 COLUMNS = {
@@ -355,52 +355,31 @@ def _fill(
     sampling = SamplingConfig(
         temperature=temperature, max_tokens=config.evaluate.max_tokens, seed=config.seed
     )
+    total = len(starts) * SHARD_ROWS
     try:
-        with progress(f"captions by {entry.name}", len(starts) * SHARD_ROWS) as bar:
+        with stages.images(engine, config) as pictures, progress(f"captions by {entry.name}", total) as bar:
             for start in starts:
-                reader = _Reader(images[start : start + SHARD_ROWS], bar.advance)
-                said = {own[0].key: own for own in engine.sample(reader.requests(), samples or 1, sampling)}
-                rows = []
-                for row in reader.images:
-                    error = reader.errors.get(row.key)
-                    made = said.get(row.key, [None] * (samples or 1))
-                    rows += [_row(row.key, each, error, model_hash, name) for each in made]
-                shards.write(start // SHARD_ROWS, rows)
+                part = images[start : start + SHARD_ROWS]
+                made: dict[str, list[Candidate] | Failed] = {}
+                for row, said in stages.caption_images(engine, part, samples or 1, sampling, pictures):
+                    made[row.key] = said
+                    bar.advance()
+                rows = (_rows(row.key, made[row.key], samples or 1, model_hash, name) for row in part)
+                shards.write(start // SHARD_ROWS, [each for own in rows for each in own])
     finally:
         engine.close()
 
 
-def _row(key: str, made: Candidate | None, error: str | None, model: str, name: str) -> CaptionRow:
-    error = error or (made.error if made else None)
-    return CaptionRow(
-        id=made.sample if made else "",
-        key=key,
-        caption=made.text if made and not error else None,
-        finish_reason=made.finish_reason if made else None,
-        tokens=made.tokens if made else None,
-        model=model,
-        config=name,
-        error=error,
-    )
-
-
-@dataclass
-class _Reader:
-    """Reads images as the engine asks for them; one that cannot be read becomes an error, not a request."""
-
-    images: Sequence[ImageRow]
-    advance: Callable[[int], None]
-    errors: dict[str, str] = field(default_factory=dict)  # key -> reason
-
-    def requests(self) -> Iterator[CaptionRequest]:
-        for row in self.images:
-            self.advance(1)
-            try:
-                image, sha = load_row(row)
-            except BadImage as error:
-                self.errors[row.key] = error.reason
-                continue
-            yield CaptionRequest(row.key, image, sha)
+def _rows(key: str, made: list[Candidate] | Failed, samples: int, model: str, name: str) -> list[CaptionRow]:
+    """One row per sample of an image."""
+    about: dict[str, Any] = {"key": key, "model": model, "config": name}
+    if isinstance(made, Failed):
+        about |= {"id": made.sample, "caption": None, "finish_reason": None, "tokens": None}
+        return [CaptionRow(error=made.reason, **about)] * samples
+    return [
+        CaptionRow(id=c.sample, caption=c.text, finish_reason=c.finish_reason, tokens=c.tokens, **about)
+        for c in made
+    ]
 
 
 # ---------------------------------------------------------------- the table
