@@ -25,6 +25,21 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _rest_as_here(cls, data: Any) -> Any:
+        """What a given section leaves out is as in the default here: every stage has its own."""
+        if not isinstance(data, dict):
+            return data
+        merged = dict(data)
+        for name, info in cls.model_fields.items():
+            given, default = data.get(name), info.default
+            if isinstance(given, dict) and isinstance(default, BaseModel):
+                kind = getattr(default, "type", None)
+                if given.get("type", kind) == kind:
+                    merged[name] = {**dict(default), **given}
+        return merged
+
 
 class ModelConfig(Section):
     path: str = "scenes-base"
@@ -72,15 +87,17 @@ class ViewsOverride(Section):
 
 
 class TrainingConfig(Section):
-    steps: int = Field(200, ge=1)
+    max_steps: int = Field(200, ge=1)
     """Optimizer steps."""
-    batch_size: int = Field(16, ge=1)
+    num_train_epochs: float | None = Field(None, gt=0)
+    """Passes over the images; decides instead of `max_steps` where it is set. None = `max_steps` decides."""
+    per_device_train_batch_size: int = Field(16, ge=1)
     """Images a device sees at once; with all their pairs in preference training."""
-    accumulation: int = Field(1, ge=1)
+    gradient_accumulation_steps: int = Field(1, ge=1)
     """Batches per optimizer step."""
     learning_rate: float = Field(1e-3, gt=0)
     """Peak rate of AdamW, reached after the warm-up; cosine to zero after it."""
-    warmup: float = Field(0.05, ge=0, lt=1)
+    warmup_ratio: float = Field(0.05, ge=0, lt=1)
     """Share of the steps that warm up."""
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled weight decay of AdamW; 0 = off."""
@@ -88,9 +105,9 @@ class TrainingConfig(Section):
     """Gradient norm above which gradients are scaled down."""
     save_steps: int = Field(50, ge=1)
     """Steps between resumable checkpoints."""
-    log_steps: int = Field(10, ge=1)
+    logging_steps: int = Field(10, ge=1)
     """Steps between lines of metrics.jsonl."""
-    patience: int = Field(0, ge=0)
+    early_stopping_patience: int = Field(0, ge=0)
     """Validation losses (one per `save_steps`) without a new best that stop the training; 0 = off."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: less memory, about a third more time."""
@@ -124,13 +141,13 @@ class LoraTuning(Section):
     """What is trained: `adapters`, `lora` or named `parts` of a frozen base, or `full` for every weight."""
     method: Literal["lora", "dora", "vera"] = "lora"
     """`dora` also learns the norm of each row; `vera` learns two vectors between shared random matrices."""
-    rank: int = Field(16, ge=1)
+    r: int = Field(16, ge=1)
     """Rank of the change of each weight matrix; VeRA wants some hundreds."""
-    alpha: float = Field(32.0, gt=0)
-    """The change is scaled by alpha / rank; VeRA has no scale."""
-    rank_stabilized: bool = False
-    """Scale by alpha / sqrt(rank) instead."""
-    dropout: float = Field(0.0, ge=0, lt=1)
+    lora_alpha: float = Field(32.0, gt=0)
+    """The change is scaled by lora_alpha / r; VeRA has no scale."""
+    use_rslora: bool = False
+    """Scale by lora_alpha / sqrt(r) instead."""
+    lora_dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout on what goes into the change."""
     targets: tuple[Literal["language", "vision", "merger"], ...] = Field(("language",), min_length=1)
     """Where: every linear layer of the language model, the encoder, the merger between them."""
@@ -141,7 +158,7 @@ class LoraTuning(Section):
     def _fits(self) -> Self:
         if twice := sorted(set(self.targets) & set(self.parts)):
             raise ValueError(f"{', '.join(twice)} cannot be a target and a part")
-        if self.method == "vera" and self.rank_stabilized:
+        if self.method == "vera" and self.use_rslora:
             raise ValueError("VeRA has no scale to stabilize")
         return self
 
@@ -201,7 +218,7 @@ class QAConfig(Section):
     """Inner units of the QA adapter of each language layer."""
     band_accuracy: float = Field(0.7, ge=0.5, lt=1)
     """What "yes" and "no" must reach on held-out questions; where they do not, a claim may be asked again."""
-    training: TrainingConfig = TrainingConfig(steps=150)
+    training: TrainingConfig = TrainingConfig(max_steps=150)
 
 
 class SamplingConfig(Section):
@@ -238,7 +255,7 @@ class EngineConfig(ServerConfig):
     type: Literal["hf", "server", "vllm"] = "hf"
     """`hf` = transformers in this process, `vllm` = vLLM in this process, `server` = vLLM servers at `urls`
     (those that `captioner serve` started on the checkpoint, or that serve `model`)."""
-    batch_size: int = Field(64, ge=1)
+    max_num_seqs: int = Field(64, ge=1)
     """Sequences per forward pass of `hf`; sequences that vLLM works on at the same time."""
     max_model_len: int | None = Field(None, ge=16)
     """Longest sequence of vLLM, tokens; None = all views of an image and 1024 more, if the model can."""
@@ -340,7 +357,7 @@ class AlarmsConfig(Section):
 
 
 class DPOConfig(Section):
-    loss: tuple[Loss, ...] = Field(("sigmoid",), min_length=1)
+    loss_type: tuple[Loss, ...] = Field(("sigmoid",), min_length=1)
     """Losses of TRL's DPOTrainer by name, summed; `kto` alone is its KTOTrainer."""
     loss_weights: tuple[float, ...] = ()
     """Weight of each of them; none = 1 each."""
@@ -367,20 +384,22 @@ class DPOConfig(Section):
     golden_sft_samples: int = Field(0, ge=0)
     """Rejected samples of each image that this SFT learns beside its golden caption; 0 = golden alone."""
     tuning: AdapterTuning = AdapterTuning()
-    training: TrainingConfig = TrainingConfig(steps=40, batch_size=8, learning_rate=3e-4, save_steps=20)
+    training: TrainingConfig = TrainingConfig(
+        max_steps=40, per_device_train_batch_size=8, learning_rate=3e-4, save_steps=20
+    )
     alarms: AlarmsConfig = AlarmsConfig()
 
     @model_validator(mode="after")
     def _fitting(self) -> Self:
-        if self.loss_weights and len(self.loss_weights) != len(self.loss):
-            raise ValueError(f"{len(self.loss)} losses have {len(self.loss_weights)} loss_weights")
-        if "exo_pair" in self.loss and not self.label_smoothing:
+        if self.loss_weights and len(self.loss_weights) != len(self.loss_type):
+            raise ValueError(f"{len(self.loss_type)} losses have {len(self.loss_weights)} loss_weights")
+        if "exo_pair" in self.loss_type and not self.label_smoothing:
             raise ValueError("exo_pair needs a label_smoothing above 0, such as 0.001")
-        if "kto" in self.loss and (
-            self.loss_weights or len(self.loss) > 1 or self.anchor_weight or self.image_weight
+        if "kto" in self.loss_type and (
+            self.loss_weights or len(self.loss_type) > 1 or self.anchor_weight or self.image_weight
         ):
             raise ValueError("kto stands alone: no second loss, loss_weights, anchor_weight or image_weight")
-        if self.length_margin and not set(self.loss) <= MARGIN_LOSSES:
+        if self.length_margin and not set(self.loss_type) <= MARGIN_LOSSES:
             raise ValueError(f"length_margin goes with {', '.join(sorted(MARGIN_LOSSES))} only")
         return self
 
@@ -542,6 +561,13 @@ def load_json(path: Path) -> Config:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read the stored config: {error}", where=str(path)) from error
+    old = [name for name, _ in _leaves(tree) if _renamed(name)] if isinstance(tree, dict) else []
+    if old:
+        raise ConfigError(
+            f"the run was made by captioner 0.1: {old[0]} is now called {_renamed(old[0])}",
+            where=str(path),
+            mend="start another run with --run DIR; its checkpoints can be used there with --model.path",
+        )
     return _validate(tree, {"": str(path)})
 
 
@@ -588,20 +614,85 @@ def _known() -> dict[str, FieldInfo]:
     return dict(fields())
 
 
-def _nearest(name: str) -> str:
+# fields of 0.1, by the end of their dotted name, and what they are called now
+RENAMED = {
+    "training.steps": "max_steps",
+    "training.batch_size": "per_device_train_batch_size",
+    "training.accumulation": "gradient_accumulation_steps",
+    "training.warmup": "warmup_ratio",
+    "training.log_steps": "logging_steps",
+    "training.patience": "early_stopping_patience",
+    "tuning.rank": "r",
+    "tuning.alpha": "lora_alpha",
+    "tuning.dropout": "lora_dropout",
+    "tuning.rank_stabilized": "use_rslora",
+    "engine.batch_size": "max_num_seqs",
+    "dpo.loss": "loss_type",
+}
+# what people call a field elsewhere
+SYNONYMS = {
+    "lr": "learning_rate",
+    "steps": "max_steps",
+    "epochs": "num_train_epochs",
+    "batch_size": "per_device_train_batch_size",
+    "train_batch_size": "per_device_train_batch_size",
+    "grad_accum": "gradient_accumulation_steps",
+    "accumulation": "gradient_accumulation_steps",
+    "warmup": "warmup_ratio",
+    "warmup_steps": "warmup_ratio",
+    "log_steps": "logging_steps",
+    "wd": "weight_decay",
+    "grad_clip": "max_grad_norm",
+    "clip_grad_norm": "max_grad_norm",
+    "patience": "early_stopping_patience",
+    "rank": "r",
+    "lora_r": "r",
+    "alpha": "lora_alpha",
+    "dropout": "lora_dropout",
+    "loss": "loss_type",
+    "max_new_tokens": "max_tokens",
+    "n": "samples",
+    "num_generations": "samples",
+    "model_name_or_path": "path",
+    "torch_dtype": "dtype",
+}
+
+
+def _renamed(name: str) -> str | None:
+    """What a field of 0.1 is called now, None for any other."""
+    head, _, leaf = name.rpartition(".")
+    new = RENAMED.get(f"{head.rpartition('.')[2]}.{leaf}")
+    return f"{head}.{new}" if new and f"{head}.{new}" in _known() else None
+
+
+def nearest(name: str) -> str:
+    """The known field that is meant most likely: of its own or nearest section, "" where none is near."""
     known = list(_known())
-    leaf = name.rpartition(".")[2]
-    same_leaf = [other for other in known if other.rpartition(".")[2] == leaf]
-    near = difflib.get_close_matches(name, same_leaf or known, n=1, cutoff=0.0 if same_leaf else 0.6)
-    if not near:
-        leaves = {other.rpartition(".")[2]: other for other in reversed(known)}
-        near = [leaves[hit] for hit in difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.6)]
-    return near[0] if near else ""
+    section, _, leaf = name.rpartition(".")
+    leaf = SYNONYMS.get(leaf, leaf)
+    same = [other for other in known if other.rpartition(".")[2] == leaf]
+    if not same:
+        own = [other for other in known if section and other.startswith(section.split(".")[0] + ".")]
+        for among in (own, known):
+            leaves = [other.rpartition(".")[2] for other in among]
+            close = difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.7)
+            if same := [other for other in among if close and other.endswith(f".{close[0]}")]:
+                break
+
+    def likeness(other: str) -> tuple[bool, float]:
+        head = other.rpartition(".")[0]
+        return head.split(".")[0] == section.split(".")[0], difflib.SequenceMatcher(
+            None, section, head
+        ).ratio()
+
+    return max(same, key=likeness, default="")
 
 
-def _unknown(name: str, where: str) -> ConfigError:
-    near = _nearest(name)
-    mend = f"did you mean {near}?" if near else "`captioner COMMAND --help` lists the fields"
+def _unknown(name: str, where: str, value: object = "VALUE") -> ConfigError:
+    if new := _renamed(name):
+        return ConfigError(f"{name} is now called {new}", where=where, mend=f"--{new} {shown(value)}")
+    near = nearest(name)
+    mend = f"did you mean {near}?" if near else "`captioner COMMAND --help-all` lists the fields"
     return ConfigError(f"unknown field {name}", where=where, mend=mend)
 
 
@@ -642,7 +733,7 @@ def _put(merged: dict[str, Any], name: str, value: Any, where: str, origins: dic
             raise ConfigError(
                 f"{name} is a section, not a field", where=where, mend=f"set one of {', '.join(inner)}"
             )
-        raise _unknown(name, where)
+        raise _unknown(name, where, value)
     *sections, leaf = name.split(".")
     tree = merged
     for section in sections:

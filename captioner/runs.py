@@ -275,6 +275,7 @@ class Stage:
 
     def __init__(self, run: Run, name: str, section: Mapping[str, Any], inputs: Mapping[str, Path]):
         self.name, self.dir, self.done = name, run.stage_dir(name), False
+        self._run = run
         self._made_of = {
             "section": _plain({"seed": run.config.seed, **section}),
             "inputs": {key: hash_path(path) for key, path in inputs.items()},
@@ -314,7 +315,10 @@ class Stage:
         device_s: float | None = None,
         **extra: Any,
     ) -> None:
-        """Publish ``stage.json``: the stage is done. ``device_s``: by default the wall time (one device)."""
+        """Publish ``stage.json``: the stage is done, and later commands of the run begin with its config.
+
+        ``device_s``: by default the wall time (one device).
+        """
         wall_s = time.monotonic() - self._start
         manifest = {
             "stage": self.name,
@@ -329,6 +333,7 @@ class Stage:
             "versions": _versions(),
             **_plain(extra),
         }
+        self._run.store_config()
         atomic_write_json(self.dir / "stage.json", manifest)
         self.done, self.lock = True, None
 
@@ -453,10 +458,9 @@ class Run:
     def open(cls, place: RunDir, config: Config, create: bool = True) -> Run:
         """Open a run directory, or make it. Raises RunError if it is missing, or another kind of directory.
 
-        The config of an existing run is stored anew only when a stage begins with it: a command that is
-        refused leaves no trace.
+        Its config is stored when a stage is done: what a failed command was made with is not inherited.
         """
-        path = place.path if isinstance(place, Run) else Path(place)
+        path = cls.path_of(place)
         run = cls(path, config)
         if (path / "run.json").is_file():
             return run
@@ -467,8 +471,12 @@ class Run:
             raise RunError(
                 "neither empty nor a run directory", where=str(path), mend="name another with --run DIR"
             )
-        run._store()
+        run._describe()
         return run
+
+    @staticmethod
+    def path_of(place: RunDir) -> Path:
+        return place.path if isinstance(place, Run) else Path(place)
 
     def stage_dir(self, name: str) -> Path:
         """The directory of a stage such as ``sft`` or ``round-1/qa``."""
@@ -499,7 +507,7 @@ class Run:
         if not stage.done:
             stage.lock = held
             _clear(self.path.glob(".*.part-*"))
-            self._store()
+            self._describe()
         return stage
 
     def captioner_dir(self, round: int) -> Path:
@@ -545,8 +553,12 @@ class Run:
             raise RunError("there is no captioner yet", where=str(path), mend=f"{command} --run {self.path}")
         return path
 
-    def _store(self) -> None:
-        """Write run.json, which makes the directory a run, and config.json."""
+    def store_config(self) -> None:
+        """Write config.json: what later commands of the run start from."""
+        atomic_write_text(self.path / "config.json", masked(self.config.model_dump_json(indent=2)) + "\n")
+
+    def _describe(self) -> None:
+        """Write run.json, which makes the directory a run."""
         file = self.path / "run.json"
         created = _read_json(file)["created"] if file.is_file() else _now()
         about = {
@@ -558,7 +570,6 @@ class Run:
             "config_hash": config_hash(self.config),
         }
         atomic_write_json(file, about)
-        atomic_write_text(self.path / "config.json", masked(self.config.model_dump_json(indent=2)) + "\n")
 
 
 RunDir = Run | Path | str  # how a command names the run it works in

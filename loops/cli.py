@@ -181,17 +181,33 @@ def load(command: Command) -> Callable[..., Any]:
 
 def _parse(name: str, verb: Callable[..., Any], words: list[str]) -> dict[str, Any]:
     """The arguments of the verb, and ``run_dir`` and ``dry_run``. Raises ConfigError."""
-    from cyclopts import CycloptsError, UnusedCliTokensError
+    from cyclopts import CycloptsError, UnknownOptionError, UnusedCliTokensError
 
     try:
         _, bound, _ = _app(name, verb).parse_args(words, print_error=False, exit_on_error=False)
     except UnusedCliTokensError as error:
         what = f"unexpected argument {' '.join(error.unused_tokens or ())}"
         raise ConfigError(what, mend=f"captioner {name} --help") from error
+    except UnknownOptionError as error:
+        flag = str(error.token.keyword)
+        raise ConfigError(f"Unknown option: {flag}", mend=_meant(name, flag)) from error
     except CycloptsError as error:
         raise ConfigError(str(error), mend=f"captioner {name} --help") from error
     bound.apply_defaults()
     return dict(bound.arguments)
+
+
+def _meant(name: str, flag: str) -> str:
+    """The flag or the setting of the command that is most like an unknown flag."""
+    from captioner.config import nearest
+
+    flags = [f"--{parameter.replace('_', '-')}" for parameter in flags_of(COMMANDS[name])]
+    near = difflib.get_close_matches(flag, [*flags, "--run", "--dry-run"], n=1, cutoff=0.75)
+    sections = COMMANDS[name].sections
+    field = nearest(f"{name if name in sections else ''}.{flag.lstrip('-').replace('-', '_')}")
+    if not near and field.partition(".")[0] in sections:
+        near = [f"--{field}"]
+    return f"did you mean {near[0]}?" if near else f"captioner {name} --help"
 
 
 def _app(command: str, verb: Callable[..., Any]) -> App:

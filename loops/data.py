@@ -96,7 +96,7 @@ def reformulate(run: RunDir, config: Config, source: str, *, out: Path) -> Path:
     from captioner.method.tool import make_tool
 
     _check_free(out)
-    home = run.path if isinstance(run, Run) else Path(run)
+    home = Run.path_of(run)
     tool = make_tool(config.tool, home / "tool")
     try:
         count, failed = method.reformulate(Path(source), out, tool)

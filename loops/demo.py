@@ -56,7 +56,7 @@ def demo(run: RunDir, config: Config, *, seeds: int = 1, gpus: int = 2, redo: bo
         gpus: Processes of the stages that train or sample.
         redo: Remove the results of the stages and make them anew.
     """
-    home = run.path if isinstance(run, Run) else Path(run)
+    home = Run.path_of(run)
     if seeds > 1:
         over_seeds(config, home, seeds, redo=redo, gpus=gpus)
     else:

@@ -92,7 +92,7 @@ def _train(run: Run, stage: Stage, round: int) -> None:
         return
     shutil.rmtree(stage.dir / "golden-sft" / "checkpoints", ignore_errors=True)
     shutil.rmtree(stage.dir / "checkpoints")
-    steps = config.dpo.training.steps
+    steps = int(metrics["steps"])
     where = reference.relative_to(run.path)
     stage.finish(
         {"pairs": len(rows), "steps": steps, "golden_sft_steps": config.dpo.golden_sft_steps},
@@ -154,7 +154,12 @@ def golden_sft(
     from captioner.models import fuse, model, render
 
     dpo = config.dpo
-    training = _seeded(config, steps=dpo.golden_sft_steps, learning_rate=dpo.golden_sft_learning_rate)
+    training = _seeded(
+        config,
+        max_steps=dpo.golden_sft_steps,
+        num_train_epochs=None,
+        learning_rate=dpo.golden_sft_learning_rate,
+    )
     captioner = model.load(config.model.model_copy(update={"path": str(start)}))
     train.tune(captioner, dpo.tuning, None, training.seed)
     own: dict[str, list[str]] = {}
@@ -213,7 +218,7 @@ def prefer(
     return metrics
 
 
-def _seeded(config: Config, **changes: float) -> TrainingConfig:
+def _seeded(config: Config, **changes: float | None) -> TrainingConfig:
     seed = config.seed + config.dpo.training.seed
     return config.dpo.training.model_copy(update={"seed": seed, **changes})
 

@@ -47,7 +47,7 @@ from captioner.runs import (
 from captioner.sources import questions, resolve
 from captioner.sources.folder import ImageRow, load_row, read_folder
 from captioner.views import BadImage
-from loops.stages import StagePlan
+from loops.stages import StagePlan, opened
 
 COLUMNS = {
     "precision": "Precision",
@@ -112,16 +112,16 @@ def evaluate(
     Raises:
         Refused: more than `max_failed` of the images or questions failed.
     """
-    run = Run.open(run, config, create=bool(checkpoint))
-    entries, source, where = _what(run, round, checkpoint)
-    if questions:
-        ask(run, entries, questions, where / "questions.json")
-        return where / "questions.json"
-    if round is not None:
-        summary = evaluate_round(run, round, redo=redo).summary
-    else:
-        summary = score(run, entries, source, redo=redo).summary
-        atomic_write_json(where / "evaluation.json", summary)
+    with opened(run, config, create=bool(checkpoint)) as run:
+        entries, source, where = _what(run, round, checkpoint)
+        if questions:
+            ask(run, entries, questions, where / "questions.json")
+            return where / "questions.json"
+        if round is not None:
+            summary = evaluate_round(run, round, redo=redo).summary
+        else:
+            summary = score(run, entries, source, redo=redo).summary
+            atomic_write_json(where / "evaluation.json", summary)
     print_table(summary)
     print(
         f"{len(summary['captioners'])} captioners on {summary['images']} images: {where / 'evaluation.json'}"

@@ -48,7 +48,7 @@ def study(run: RunDir, config: Config, name: Name, *, seeds: int = 3, out: Path 
     """
     if seeds < 1:
         raise ConfigError(f"--seeds {seeds} must be at least 1", mend="--seeds 3")
-    home = run.path if isinstance(run, Run) else Path(run)
+    home = Run.path_of(run)
     tables = []
     for each in _names(name):
         measured = importlib.import_module(f"loops.studies.{each}")

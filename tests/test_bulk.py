@@ -248,7 +248,7 @@ def poisoned_job(
     source.mkdir()
     for number, data in enumerate(pictures(images)):
         (source / f"{number}.png").write_bytes(data)
-    flags = ["--max-failed", "1", "--engine.batch_size", "2"]
+    flags = ["--max-failed", "1", "--engine.max_num_seqs", "2"]
     assert cli.main(words(source, home / "whole", checkpoint, *flags)) == 0
     monkeypatch.setattr(sys.modules[__name__], "POISON", (source / f"{poison}.png").read_bytes())
     if where == "prepare":
@@ -450,7 +450,7 @@ def test_prepared_elsewhere_means_the_same(tmp_path: Path, checkpoint: Path) -> 
     """Processes that prepare, other batches and another number of workers change no row."""
     source = write_table(tmp_path / "a.parquet", rows=12)
     assert cli.main(words(source, tmp_path / "one", checkpoint, *SAMPLED)) == 0
-    more = ["--caption.prepare_processes", "2", "--engine.batch_size", "5", "--workers", "2"]
+    more = ["--caption.prepare_processes", "2", "--engine.max_num_seqs", "5", "--workers", "2"]
     assert cli.main(words(source, tmp_path / "two", checkpoint, *SAMPLED, *more)) == 0
     assert rows(tmp_path / "one") == rows(tmp_path / "two")
 

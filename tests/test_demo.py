@@ -24,7 +24,7 @@ from captioner.runs import Run
 from loops import demo, iterate
 from tests import tiny
 
-TRAINING = {"steps": 2, "batch_size": 4, "save_steps": 2, "log_steps": 1}
+TRAINING = {"max_steps": 2, "per_device_train_batch_size": 4, "save_steps": 2, "logging_steps": 1}
 
 
 def small(home: Path) -> dict[str, Any]:

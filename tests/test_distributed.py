@@ -34,11 +34,11 @@ FIELDS = {
     "sft.questions_per_image": "2",
     "sft.multi_view_share": "0.5",
     "sft.soft_prompt.length": "3",
-    "sft.training.steps": "16",
-    "sft.training.batch_size": "1",
+    "sft.training.max_steps": "16",
+    "sft.training.per_device_train_batch_size": "1",
     "sft.training.learning_rate": "3e-3",
     "sft.training.save_steps": "4",
-    "sft.training.log_steps": "1",
+    "sft.training.logging_steps": "1",
 }
 MAIN = "import sys; from loops.cli import main; sys.exit(main(sys.argv[1:]))"
 
@@ -73,7 +73,7 @@ def test_two_processes_equal_one_with_twice_the_accumulation_and_a_killed_rank_s
 ) -> None:
     tiny_checkpoint(tmp_path / "base")
     fields = FIELDS | {"model.path": str(tmp_path / "base")}
-    one: Config = load(None, fields | {"sft.training.accumulation": "2"})
+    one: Config = load(None, fields | {"sft.training.gradient_accumulation_steps": "2"})
     sft.sft(tmp_path / "one", one)
 
     two = start(tmp_path / "two", fields, "--gpus", "2")
@@ -140,8 +140,8 @@ def test_full_tuning_in_parts_under_torchrun(tmp_path: Path) -> None:
     """Sharded over two processes that are killed on the way: the losses and the checkpoint of one process."""
     tiny_checkpoint(tmp_path / "base")
     fields = FIELDS | {"model.path": str(tmp_path / "base"), "sft.tuning.type": "full"}
-    fields |= {"sft.training.steps": "8", "sft.training.patience": "9"}
-    one: Config = load(None, fields | {"sft.training.accumulation": "2"})
+    fields |= {"sft.training.max_steps": "8", "sft.training.early_stopping_patience": "9"}
+    one: Config = load(None, fields | {"sft.training.gradient_accumulation_steps": "2"})
     sft.sft(tmp_path / "one", one)
 
     two = start(tmp_path / "two", fields, launcher=TORCHRUN)

@@ -455,7 +455,7 @@ def config_of(home: Path, **fields: Any) -> Config:
         {
             "max_failed": 0.9,
             "views": {"levels": [1], "center": False},
-            "engine": {"batch_size": 8},
+            "engine": {"max_num_seqs": 8},
             "golden": settings,
             "pairs": {"min_refuted": 0},
             **fields,
@@ -783,7 +783,7 @@ def test_a_verifier_trained_on_turned_labels_is_caught(tmp_path: Path) -> None:
         if question["kind"] == "color" and qa.is_yes_no(question):
             question["answer"] = "no" if question["answer"] == "yes" else "yes"
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "asked" / "metadata.parquet")
-    training = {"steps": 80, "batch_size": 8, "learning_rate": 5e-3, "save_steps": 80}
+    training = {"max_steps": 80, "per_device_train_batch_size": 8, "learning_rate": 5e-3, "save_steps": 80}
     config = Config.model_validate({"views": {"levels": [1], "center": False}, "qa": {"training": training}})
     base = model.checkpoint_path("scenes-base")
     qa_loop.train_verifier(config, base, read_folder(tmp_path / "asked"), tmp_path / "qa")

@@ -217,7 +217,12 @@ def test_qa_command(tmp_path: Path) -> None:
             holdout=0.34,
             language_width=4,
             training=TrainingConfig(
-                steps=10, batch_size=2, learning_rate=3e-3, log_steps=1, save_steps=5, seed=2
+                max_steps=10,
+                per_device_train_batch_size=2,
+                learning_rate=3e-3,
+                logging_steps=1,
+                save_steps=5,
+                seed=2,
             ),
         ),
     )
@@ -263,7 +268,7 @@ def test_the_judge_learns_from_the_base_and_from_other_images(tmp_path: Path) ->
     scenes.write("validation", 2, tmp_path / "gate")
     (tmp_path / "gate" / "metadata.parquet").unlink()
     tiny_checkpoint(tmp_path / "base", seed=3)
-    training = TrainingConfig(steps=2, batch_size=2, save_steps=2, log_steps=1)
+    training = TrainingConfig(max_steps=2, per_device_train_batch_size=2, save_steps=2, logging_steps=1)
     config = Config.model_validate(
         {
             "model": {"path": str(tmp_path / "base"), "device": "cpu"},

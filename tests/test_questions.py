@@ -218,7 +218,7 @@ def test_a_verifier_learns_from_a_question_file(tmp_path: Path) -> None:
         rows.append({"image": f"{index:06d}.png", **one})
     rows.append({**rows[-1], "question": "center red", "answer": "yes"})  # one "yes" too many
     file = write(folder / "asked.jsonl", rows)
-    training = TrainingConfig(steps=2, batch_size=2, save_steps=2)
+    training = TrainingConfig(max_steps=2, per_device_train_batch_size=2, save_steps=2)
     config = Config(qa=QAConfig(data=str(file), holdout=0.34, language_width=4, training=training))
     Run.open(tmp_path / "run", config)
     tiny_checkpoint(tmp_path / "run" / "sft" / "captioner")

@@ -286,7 +286,7 @@ def test_a_worker_that_dies_in_a_shard_loses_what_it_had_in_hand(job: Job) -> No
     for number in range(10, 100):
         job.picture(f"{number}.png", number)
     (job.home / "deadly").write_text("90")
-    flags = ["--caption.shard_rows", "1000", "--engine.batch_size", "1"]
+    flags = ["--caption.shard_rows", "1000", "--engine.max_num_seqs", "1"]
     assert job.run(*flags) == 0
     times = Counter(job.asked)
     assert len(job.rows) == 100 and not any(row.error for row in job.rows.values())

@@ -110,7 +110,7 @@ class HFEngine:
         config: EngineConfig,
         prompt: str | None = None,
     ):
-        self.captioner, self.batch_size, self.prompt = captioner, config.batch_size, prompt
+        self.captioner, self.batch_size, self.prompt = captioner, config.max_num_seqs, prompt
         self.renderer = Renderer(captioner, views)
         self.model: Any = captioner.model.eval()
         width = self.model.get_output_embeddings().weight.shape[0]

@@ -59,7 +59,7 @@ def settings(captioner: Captioner, renderer: Renderer, config: EngineConfig, dty
         "runner": "generate",
         "dtype": dtype,
         "max_model_len": config.max_model_len or min(longest, text.max_position_embeddings),
-        "max_num_seqs": config.batch_size,
+        "max_num_seqs": config.max_num_seqs,
         "limit_mm_per_prompt": {"image": len(plan), "video": 0},
         "mm_processor_kwargs": {
             "size": {"shortest_edge": renderer.factor**2, "longest_edge": renderer.size**2}
@@ -101,7 +101,7 @@ class VLLMEngine:
                 f"vLLM is not installed here: {error}",
                 mend="use --engine.type server, with `captioner serve` on --engine.vllm_python",
             ) from error
-        self.captioner, self.prompt, self.batch_size = captioner, prompt, config.batch_size
+        self.captioner, self.prompt, self.batch_size = captioner, prompt, config.max_num_seqs
         self.renderer = Renderer(captioner, views)
         self._words = Vocabulary(captioner, self.renderer)
         self._llm: Any = LLM(**settings(captioner, self.renderer, config, dtype), disable_log_stats=True)

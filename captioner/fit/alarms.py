@@ -81,7 +81,7 @@ def written(
     captioner: Captioner, renderer: Renderer, paths: Sequence[Path], longest: int
 ) -> dict[str, float]:
     """What greedy captions are like: shares that end, repeat statements, are different ones; mean tokens."""
-    engine = HFEngine(captioner, renderer.config, EngineConfig(batch_size=len(paths)))
+    engine = HFEngine(captioner, renderer.config, EngineConfig(max_num_seqs=len(paths)))
     greedy = SamplingConfig(temperature=0.0, max_tokens=longest)
     requests = (CaptionRequest(str(path), path, "") for path in paths)
     made = [candidate for [candidate] in engine.sample(requests, 1, greedy)]

@@ -56,7 +56,7 @@ def launch(command: str, run: RunDir, config: Config, count: int, **flags: Any) 
     world |= {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # a batch of questions alone leaves the soft prompt unused
     if on_cpu and "OMP_NUM_THREADS" not in os.environ:
         world |= {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count))}
-    place = str(run.path if isinstance(run, Run) else run)
+    place = str(Run.path_of(run))
     told = {"command": command, "run": place, "config": config.model_dump(mode="json"), "flags": flags}
     job = json.dumps(told).encode()
     ranks: list[subprocess.Popen[bytes]] = []

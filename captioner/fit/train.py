@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import random
 import shutil
@@ -373,16 +374,28 @@ def train_sft(
     last whole one. Returns the last value of every metric. Raises RunError for a loss that is not finite
     (its batch is named), DataError for an image that cannot be read.
     """
-    collator = Collator(renderer, images, training.seed, training.batch_size)
+    training = by_steps(training, len(images), world_size())
+    collator = Collator(renderer, images, training.seed, training.per_device_train_batch_size)
     args = sft_arguments(captioner, training, out)
     validate = None
     if validation is not None:
-        validate = partial(validation_loss, captioner, renderer, validation, training.batch_size)
-    elif training.patience:
-        mend = "name validation images, or --sft.training.patience 0"
-        raise ConfigError("An early stop needs a validation loss.", where="training.patience", mend=mend)
-    log = _Log(out, validate, training.patience)
+        validate = partial(
+            validation_loss, captioner, renderer, validation, training.per_device_train_batch_size
+        )
+    elif training.early_stopping_patience:
+        where, mend = "training.early_stopping_patience", "name validation images, or set it to 0"
+        raise ConfigError("An early stop needs a validation loss.", where=where, mend=mend)
+    log = _Log(out, validate, training.early_stopping_patience)
     return _train(_SFT, captioner, collator, args, out, log, report, shard=shard and world_size() > 1)
+
+
+def by_steps(training: TrainingConfig, images: int, processes: int) -> TrainingConfig:
+    """The training of so many images in so many processes, its epochs as ``max_steps``."""
+    if training.num_train_epochs is None:
+        return training
+    batch = training.per_device_train_batch_size * training.gradient_accumulation_steps * processes
+    steps = max(1, math.ceil(training.num_train_epochs * images / batch))
+    return training.model_copy(update={"max_steps": steps, "num_train_epochs": None})
 
 
 def validation_loss(
@@ -492,7 +505,7 @@ def _train(
                 report(f"resuming from step {last.name.rpartition('-')[2]}")
             trainer.train(resume_from_checkpoint=str(last) if last else None)
         log.restore_best(captioner.model)
-    return log.last | {"seconds": time.monotonic() - begin}
+    return log.last | {"steps": trainer.state.global_step, "seconds": time.monotonic() - begin}
 
 
 def make_trainer(
@@ -543,19 +556,20 @@ def _arguments(captioner: Captioner, training: TrainingConfig, out: Path) -> dic
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(out / "logs")
     return {
         "output_dir": str(out / "checkpoints"),
-        "max_steps": training.steps,
-        "per_device_train_batch_size": training.batch_size,
-        "gradient_accumulation_steps": training.accumulation,
+        "max_steps": training.max_steps,
+        "per_device_train_batch_size": training.per_device_train_batch_size,
+        "gradient_accumulation_steps": training.gradient_accumulation_steps,
         "learning_rate": training.learning_rate,
         "lr_scheduler_type": "cosine",
-        "warmup_steps": round(training.warmup * training.steps),
+        "warmup_steps": round(training.warmup_ratio * training.max_steps),
         "weight_decay": training.weight_decay,
         "max_grad_norm": training.max_grad_norm,
         "optim": "adamw_torch",
         "seed": training.seed,
         "save_steps": training.save_steps,
         "save_total_limit": 2,
-        "logging_steps": min(training.log_steps, training.steps),  # a short training says something, too
+        # a short training says something, too
+        "logging_steps": min(training.logging_steps, training.max_steps),
         "logging_nan_inf_filter": False,
         "bf16": dtype == torch.bfloat16 or (device == "cuda" and dtype != torch.float64),
         "use_cpu": device == "cpu",

@@ -378,19 +378,19 @@ def _add_lora(captioner: Captioner, tuning: LoraTuning, name: str, seed: int) ->
     if tuning.method == "vera":
         with warnings.catch_warnings(action="ignore"):  # that the matrices are made again from the seed
             config = peft.VeraConfig(
-                r=tuning.rank,
+                r=tuning.r,
                 target_modules=names,
-                vera_dropout=tuning.dropout,
+                vera_dropout=tuning.lora_dropout,
                 projection_prng_key=seed,
                 save_projection=False,
             )
     else:
         config = peft.LoraConfig(
-            r=tuning.rank,
-            lora_alpha=tuning.alpha,
+            r=tuning.r,
+            lora_alpha=tuning.lora_alpha,
             target_modules=names,
-            lora_dropout=tuning.dropout,
-            use_rslora=tuning.rank_stabilized,
+            lora_dropout=tuning.lora_dropout,
+            use_rslora=tuning.use_rslora,
             use_dora=tuning.method == "dora",
         )
     wrapped = peft.get_peft_model(captioner.model, config, adapter_name=name)  # changes the model in place

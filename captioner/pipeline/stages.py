@@ -59,7 +59,7 @@ def images(
         processes = config.caption.prepare_processes
     if processes is None:
         processes = max(1, cores() // world_size() - 1)
-    hands = executor(processes, config.engine.batch_size + processes)
+    hands = executor(processes, config.engine.max_num_seqs + processes)
     try:
         yield Preparation(config.caption, hands, engine.renderer.spec)
     finally:

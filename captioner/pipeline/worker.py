@@ -438,7 +438,7 @@ class Worker:
 
 def ahead(config: Config) -> int:
     """Images that are prepared ahead: the engine's next batch while it works on one, and some in work."""
-    return config.engine.batch_size + 16
+    return config.engine.max_num_seqs + 16
 
 
 def failed_row(settings: Settings, key: str, reason: str, sha: str = "", world: bool = False) -> CaptionRow:

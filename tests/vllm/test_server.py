@@ -266,7 +266,7 @@ def test_an_exported_captioner_in_vllm_and_in_plain_transformers(vllm_python: st
     """The base with trained adapters and soft prompt, as `captioner export` leaves it: the same captions."""
     run, out = str(tmp_path / "run"), tmp_path / "captioner"
     training = ["--sft.data", "scenes:sft:64", "--sft.validation", "none", "--sft.multi_view_share", "0.5"]
-    training += ["--sft.training.steps", "24", "--sft.training.batch_size", "8"]
+    training += ["--sft.training.max_steps", "24", "--sft.training.per_device_train_batch_size", "8"]
     training += ["--sft.training.learning_rate", "5e-3", "--model.device", "cpu"]
     assert main(["sft", "--run", run, *training]) == 0
     adapter = ["--adapter", f"{run}/sft/adapter", "--model.path", "scenes-base"]
