@@ -566,7 +566,7 @@ def load_json(path: Path) -> Config:
         raise ConfigError(
             f"the run was made by captioner 0.1: {old[0]} is now called {_renamed(old[0])}",
             where=str(path),
-            mend="start another run with --run DIR; its checkpoints can be used there with --model.path",
+            fix="start another run with --run DIR; its checkpoints can be used there with --model.path",
         )
     return _validate(tree, {"": str(path)})
 
@@ -690,10 +690,10 @@ def nearest(name: str) -> str:
 
 def _unknown(name: str, where: str, value: object = "VALUE") -> ConfigError:
     if new := _renamed(name):
-        return ConfigError(f"{name} is now called {new}", where=where, mend=f"--{new} {shown(value)}")
+        return ConfigError(f"{name} is now called {new}", where=where, fix=f"--{new} {shown(value)}")
     near = nearest(name)
-    mend = f"did you mean {near}?" if near else "`captioner COMMAND --help-all` lists the fields"
-    return ConfigError(f"unknown field {name}", where=where, mend=mend)
+    fix = f"did you mean {near}?" if near else "`captioner COMMAND --help-all` lists the fields"
+    return ConfigError(f"unknown field {name}", where=where, fix=fix)
 
 
 def _read_toml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
@@ -731,7 +731,7 @@ def _put(merged: dict[str, Any], name: str, value: Any, where: str, origins: dic
         inner = [other for other in _known() if other.startswith(name + ".")]
         if inner:
             raise ConfigError(
-                f"{name} is a section, not a field", where=where, mend=f"set one of {', '.join(inner)}"
+                f"{name} is a section, not a field", where=where, fix=f"set one of {', '.join(inner)}"
             )
         raise _unknown(name, where, value)
     *sections, leaf = name.split(".")
@@ -775,7 +775,7 @@ def _validate(tree: Any, origins: Mapping[str, str]) -> Config:
         raise ConfigError(
             f"{name} is not a field of that {kind}",
             where=origins.get(name) or origins.get("", ""),
-            mend=f"set {kind} too, or leave {name} out",
+            fix=f"set {kind} too, or leave {name} out",
         )
     value = first["input"]
     if first["type"] == "union_tag_invalid":
@@ -786,6 +786,6 @@ def _validate(tree: Any, origins: Mapping[str, str]) -> Config:
         or ", ".join(w for n, w in origins.items() if n.startswith(name + "."))
     )
     shown = "" if isinstance(value, dict) else f" = {value!r}"
-    mend = known[name].description if name in known else None
+    fix = known[name].description if name in known else None
     reason = first["msg"].removeprefix("Value error, ")
-    raise ConfigError(f"{name}{shown}: {reason}", where=where, mend=mend or "")
+    raise ConfigError(f"{name}{shown}: {reason}", where=where, fix=fix or "")

@@ -260,7 +260,7 @@ class Shards(Generic[RecordT]):
         count = len(list(self.dir.glob("[0-9]*.parquet")))
         missing = [index for index in range(count) if not self.has(index)]
         if missing:
-            raise DataError(f"shard {missing[0]} is missing", where=str(self.dir), mend="run the stage again")
+            raise DataError(f"shard {missing[0]} is missing", where=str(self.dir), fix="run the stage again")
         return [row for index in range(count) for row in self.read(index)]
 
 
@@ -298,7 +298,7 @@ class Stage:
             raise RunError(
                 f"stage {self.name} is stale: {'; '.join(changed[:3])}",
                 where=str(self.dir),
-                mend="add --redo to make it anew, or restore what it was made with",
+                fix="add --redo to make it anew, or restore what it was made with",
             )
         self.done = (self.dir / "stage.json").is_file()
         if self.done:
@@ -391,7 +391,7 @@ DISK = (
 
 @contextmanager
 def writing(path: Path) -> Generator[None, None, None]:
-    """Turns what a disk refuses meanwhile into RunError; whatever is resumable goes on once it is mended."""
+    """Turns what a disk refuses meanwhile into RunError; whatever is resumable goes on once it is fixed."""
     try:
         yield
     except OSError as error:
@@ -400,7 +400,7 @@ def writing(path: Path) -> Generator[None, None, None]:
         raise RunError(
             f"the disk refuses: {os.strerror(error.errno)}",
             where=str(error.filename or path),
-            mend="make room, or let it be written; the same command then goes on",
+            fix="make room, or let it be written; the same command then goes on",
         ) from error
 
 
@@ -416,7 +416,7 @@ class _Lock:
             raise RunError(
                 f"another process works in this {what}",
                 where=str(path),
-                mend=f"wait for it, or use another {flag}",
+                fix=f"wait for it, or use another {flag}",
             ) from error
         except OSError as error:
             if error.errno not in NO_LOCKS:
@@ -424,7 +424,7 @@ class _Lock:
             raise RunError(
                 f"no locks on this file system, to keep two processes out of one {what}: {error.strerror}",
                 where=str(path),
-                mend=f"mount it with locks (NFS: version 4, or without nolock), or use another {flag}",
+                fix=f"mount it with locks (NFS: version 4, or without nolock), or use another {flag}",
             ) from error
 
     def __del__(self) -> None:
@@ -465,11 +465,11 @@ class Run:
         if (path / "run.json").is_file():
             return run
         if not create:
-            raise RunError("no such run", where=str(path), mend=f"captioner sft --run {path}")
+            raise RunError("no such run", where=str(path), fix=f"captioner sft --run {path}")
         strange = path.is_file() or any(not file.name.startswith(".") for file in path.glob("*"))
         if strange:
             raise RunError(
-                "neither empty nor a run directory", where=str(path), mend="name another with --run DIR"
+                "neither empty nor a run directory", where=str(path), fix="name another with --run DIR"
             )
         run._describe()
         return run
@@ -521,7 +521,7 @@ class Run:
         yet gated.
         """
         if round < 1:
-            raise RunError(f"round {round} must be a whole number from 1", mend="--round 1")
+            raise RunError(f"round {round} must be a whole number from 1", fix="--round 1")
         for earlier in range(round - 1, 0, -1):
             promoted = self._promoted(earlier)
             if promoted:
@@ -530,7 +530,7 @@ class Run:
                 raise RunError(
                     f"round {earlier} is trained, and no gate has promoted or refused it",
                     where=str(self.path / f"round-{earlier}"),
-                    mend=f"captioner iterate --round {earlier} --run {self.path}",
+                    fix=f"captioner iterate --round {earlier} --run {self.path}",
                 )
         return self._existing(0)
 
@@ -550,7 +550,7 @@ class Run:
         path = self.captioner_dir(round)
         if not path.is_dir():
             command = f"captioner iterate --round {round}" if round else "captioner sft"
-            raise RunError("there is no captioner yet", where=str(path), mend=f"{command} --run {self.path}")
+            raise RunError("there is no captioner yet", where=str(path), fix=f"{command} --run {self.path}")
         return path
 
     def store_config(self) -> None:
@@ -586,7 +586,7 @@ def _read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise RunError(
-            f"not JSON: {error}", where=str(path), mend="remove the file and run the command again"
+            f"not JSON: {error}", where=str(path), fix="remove the file and run the command again"
         ) from error
 
 

@@ -160,11 +160,11 @@ def _run(config: Config, args: Job) -> None:
 
 def _check_flags(config: Config, args: Job) -> None:
     if config.caption.best_of > 1 and not (args.verify or args.drop_refuted):
-        raise ConfigError("caption.best_of needs the scores of --verify", mend="add --verify")
+        raise ConfigError("caption.best_of needs the scores of --verify", fix="add --verify")
     if args.join and (args.redo or args.retry_failed or args.format != "parquet"):
         raise ConfigError(
             "--join does not go with --redo, --retry-failed or --format",
-            mend="give the command without --join, before or after it",
+            fix="give the command without --join, before or after it",
         )
 
 
@@ -214,7 +214,7 @@ def _checkpoint(config: Config, args: Job) -> Path:
     path = checkpoint_path(named)
     if not path.is_dir():
         raise CheckpointError(
-            "no such checkpoint directory", where=str(path), mend="name one with --checkpoint DIR"
+            "no such checkpoint directory", where=str(path), fix="name one with --checkpoint DIR"
         )
     return path
 
@@ -355,14 +355,14 @@ def _judge(found: Output, config: Config, lost: list[tuple[str, str]]) -> None:
         raise Refused(
             f"{len(lost)} shards could not be read, and their rows are missing; {name}: {reason}",
             where=str(found.out),
-            mend="mend or remove the shards; the same command reads them again",
+            fix="fix or remove the shards; the same command reads them again",
         )
     failed, rows = found.tally.failed, found.tally.rows
     if failed > config.max_failed * rows:
         raise Refused(
             f"{failed} of {rows} images failed, more than max_failed = {config.max_failed:.1%}",
             where=str(found.out),
-            mend="all rows are written: see their errors, mend the images or allow more with --max-failed",
+            fix="all rows are written: see their errors, fix the images or allow more with --max-failed",
         )
 
 

@@ -90,7 +90,7 @@ HELP = ("-h", "--help", "--help-all")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0 done, 2 the user can mend it, 3 refused, 128 + N: a signal."""
+    """Run a command; returns the exit code: 0 done, 2 the user can fix it, 3 refused, 128 + N: a signal."""
     words = list(sys.argv[1:] if argv is None else argv)
     return _guarded(lambda: _run(words))
 
@@ -154,8 +154,8 @@ def _run(words: list[str]) -> int:
         print(_help(name, asked == "--help-all", after[0] if after else None))
         return 0
     if name not in PARALLEL and _processes() > 1:
-        mend = "start it without torchrun or accelerate launch"
-        raise ConfigError(f"captioner {name} runs in one process", mend=mend)
+        fix = "start it without torchrun or accelerate launch"
+        raise ConfigError(f"captioner {name} runs in one process", fix=fix)
     verb = load(command)
     module = sys.modules[verb.__module__]
     rest, toml, overrides = _split_fields(rest)
@@ -187,12 +187,12 @@ def _parse(name: str, verb: Callable[..., Any], words: list[str]) -> dict[str, A
         _, bound, _ = _app(name, verb).parse_args(words, print_error=False, exit_on_error=False)
     except UnusedCliTokensError as error:
         what = f"unexpected argument {' '.join(error.unused_tokens or ())}"
-        raise ConfigError(what, mend=f"captioner {name} --help") from error
+        raise ConfigError(what, fix=f"captioner {name} --help") from error
     except UnknownOptionError as error:
         flag = str(error.token.keyword)
-        raise ConfigError(f"Unknown option: {flag}", mend=_meant(name, flag)) from error
+        raise ConfigError(f"Unknown option: {flag}", fix=_meant(name, flag)) from error
     except CycloptsError as error:
-        raise ConfigError(str(error), mend=f"captioner {name} --help") from error
+        raise ConfigError(str(error), fix=f"captioner {name} --help") from error
     bound.apply_defaults()
     return dict(bound.arguments)
 
@@ -301,7 +301,7 @@ def _split_fields(words: list[str]) -> tuple[list[str], Path | None, dict[str, s
             overrides[field] = text
         elif word.endswith(".toml") and not word.startswith("-"):
             if toml is not None:
-                raise ConfigError("two config files", where=f"{toml} and {word}", mend="name one")
+                raise ConfigError("two config files", where=f"{toml} and {word}", fix="name one")
             toml = Path(word)
         else:
             rest.append(word)
@@ -330,8 +330,8 @@ def _overview(group: str) -> str:
     names = [name for name in COMMANDS if group in ("", *HELP) or name.startswith(f"{group} ")]
     if not names:
         near = difflib.get_close_matches(group, COMMANDS, n=1)
-        mend = f"did you mean `captioner {near[0]}`?" if near else "`captioner --help` lists the commands"
-        raise ConfigError(f"unknown command {group}", mend=mend)
+        fix = f"did you mean `captioner {near[0]}`?" if near else "`captioner --help` lists the commands"
+        raise ConfigError(f"unknown command {group}", fix=fix)
     rows = [f"  {name:18}{COMMANDS[name].help}" for name in names]
     usage = "Usage: captioner COMMAND [FILE.toml] [OPTIONS] [--section.field VALUE ...]"
     about = "Train an image captioner that corrects itself, and caption data sets with it."

@@ -107,15 +107,15 @@ def reformulate(run: RunDir, config: Config, source: str, *, out: Path) -> Path:
         raise Refused(
             f"{len(failed):,} captions failed, more than max_failed = {config.max_failed:.1%}",
             where=str(out / "failed"),
-            mend="the others are written: see the reasons, or allow more with --max-failed",
+            fix="the others are written: see the reasons, or allow more with --max-failed",
         )
     return out
 
 
 def _check_free(out: Path) -> None:
     if out.exists():
-        mend = "name a new --out, or remove it first"
-        raise ConfigError("the output exists already", where=str(out), mend=mend)
+        fix = "name a new --out, or remove it first"
+        raise ConfigError("the output exists already", where=str(out), fix=fix)
 
 
 # ---------------------------------------------------------------- convert
@@ -159,7 +159,7 @@ def convert(
         raise Refused(
             f"{skipped.total():,} captions were not written, more than max_failed = {config.max_failed:.1%}",
             where=str(out),
-            mend="the others are written: see the reasons, or allow more with --max-failed",
+            fix="the others are written: see the reasons, or allow more with --max-failed",
         )
     return out
 
@@ -183,8 +183,8 @@ def _convert(
         with atomic_dir(out) as part:
             return _sidecars(rows, part, f".{to}", next(iter(lengths.values()), str), skipped)
     if images is None:
-        mend = f"captioner data convert {source} --to {to} --out {out} --images SOURCE"
-        raise ConfigError(f"{to} holds the images, too", where="--images", mend=mend)
+        fix = f"captioner data convert {source} --to {to} --out {out} --images SOURCE"
+        raise ConfigError(f"{to} holds the images, too", where="--images", fix=fix)
     if laboratory.of_source(images):  # which `caption` rendered into its output
         images = str(resolve(images, cache=Path(source) / ".scenes"))
     with atomic_dir(out) as part:
@@ -198,9 +198,9 @@ def _convert(
 def _lengths(tokenizers: Sequence[Path], budgets: Sequence[int]) -> dict[str, partial[str]]:
     """Column -> what repairs a caption to its budget."""
     if budgets and len(budgets) != len(tokenizers):
-        mend = "--tokenizer DIR --max-tokens 75, and so on for every length"
+        fix = "--tokenizer DIR --max-tokens 75, and so on for every length"
         what = f"{len(budgets)} budgets for {len(tokenizers)} tokenizers"
-        raise ConfigError(what, where="--max-tokens", mend=mend)
+        raise ConfigError(what, where="--max-tokens", fix=fix)
     if not tokenizers:
         return {}
     from captioner.layouts.budget import counter, fit
@@ -209,7 +209,7 @@ def _lengths(tokenizers: Sequence[Path], budgets: Sequence[int]) -> dict[str, pa
     for i, tokenizer in enumerate(tokenizers):
         count, budget = counter(tokenizer, budgets[i] if budgets else None)
         if f"caption_{budget}" in lengths:
-            raise ConfigError(f"two budgets of {budget} tokens", where="--max-tokens", mend="name each once")
+            raise ConfigError(f"two budgets of {budget} tokens", where="--max-tokens", fix="name each once")
         lengths[f"caption_{budget}"] = partial(fit, budget=budget, count=count)
     return lengths
 
@@ -245,7 +245,7 @@ def _filter(folder: Path, out: Path, ended: bool, max_repeats: int | None) -> st
     """Write the rows that pass, shard by shard as they lie; returns the closing line."""
     shards = caption_shards(folder)
     if not shards:
-        raise DataError("no caption rows here", where=str(folder), mend="name what `captioner caption` wrote")
+        raise DataError("no caption rows here", where=str(folder), fix="name what `captioner caption` wrote")
     repeats: Counter[int] = Counter()
     if max_repeats is not None:  # hashes, so that the captions of a large set need little memory
         repeats.update(hash(row.caption) for row in read_captions(folder) if row.caption is not None)

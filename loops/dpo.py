@@ -73,8 +73,8 @@ def _train(run: Run, stage: Stage, round: int) -> None:
     target = run.captioner_dir(round)
     rows = Shards(pairs, Pair).read_all()
     if not rows:
-        mend = "look at the claims; --pairs.min_refuted 0 pairs every sample"
-        raise RunError("the round has no pairs", where=str(pairs), mend=mend)
+        fix = "look at the claims; --pairs.min_refuted 0 pairs every sample"
+        raise RunError("the round has no pairs", where=str(pairs), fix=fix)
     with distributed.main_first(config.model.device):  # the held-out scenes may have to be drawn
         rows, seen = linted(run, rows, start)
     print("pairs: " + ", ".join(f"{_short(count)} {name}" for name, count in seen.items()))

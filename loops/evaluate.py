@@ -177,7 +177,7 @@ def round_entries(run: Run, number: int) -> list[Entry]:
         raise RunError(
             f"round {number} has no captioner yet",
             where=str(made),
-            mend=f"captioner iterate --round {number} --run {run.path}",
+            fix=f"captioner iterate --round {number} --run {run.path}",
         )
     return [Entry("start", run.current_captioner(number)), Entry(f"round {number}", made)]
 
@@ -185,7 +185,7 @@ def round_entries(run: Run, number: int) -> list[Entry]:
 def _existing(path: Path) -> Path:
     if not path.is_dir():
         raise CheckpointError(
-            "no such checkpoint directory", where=str(path), mend="name an exported captioner"
+            "no such checkpoint directory", where=str(path), fix="name an exported captioner"
         )
     return path
 
@@ -202,7 +202,7 @@ def ask(run: Run, entries: Sequence[Entry], source: str, out: Path) -> None:
     rows, _ = questions.read_any(data, run.config.max_failed)
     rows = [row for row in rows if any(map(qa.is_yes_no, row.questions or []))]
     if not rows:
-        raise DataError("no image has yes/no questions", where=str(data), mend="give --questions others")
+        raise DataError("no image has yes/no questions", where=str(data), fix="give --questions others")
     tables = {}
     for entry in entries:
         engine = make_engine(entry.checkpoint, run.config)
@@ -213,7 +213,7 @@ def ask(run: Run, entries: Sequence[Entry], source: str, out: Path) -> None:
         answers = [each for each in asked if math.isfinite(each.p_yes)]
         lost = f"{len(asked) - len(answers)} of {len(asked)} questions have no answer by {entry.name}"
         if len(asked) - len(answers) > run.config.max_failed * len(asked):
-            raise Refused(lost, where=source, mend="look at the engine's messages; --max-failed allows more")
+            raise Refused(lost, where=source, fix="look at the engine's messages; --max-failed allows more")
         table = qa.accuracy_table(answers)
         qa.print_table(table, entry.name)
         tables[entry.name] = {name: asdict(row) for name, row in table.items()}
@@ -329,7 +329,7 @@ def caption(
         raise Refused(
             f"{failed} of {len(rows)} images failed, max_failed is {config.max_failed:.1%}: {reasons}",
             where=str(stage.dir),
-            mend="mend the images, or allow more with --max_failed",
+            fix="fix the images, or allow more with --max_failed",
         )
     if not stage.done:
         stage.finish({"images": len(rows), "failed": failed}, captioner_name=entry.name)

@@ -114,18 +114,18 @@ def golden(
     keep = rethreshold
     if keep is not None:
         if redo:
-            raise ConfigError("--rethreshold keeps what --redo would remove", mend="give one of them")
+            raise ConfigError("--rethreshold keeps what --redo would remove", fix="give one of them")
         drop = config.golden.drop or 0.0
         if not (drop <= keep and 0 < keep < 1):
             raise ConfigError(
                 f"--rethreshold {keep} does not lie between golden.drop {drop} and 1",
-                mend=f"give both thresholds, as in --rethreshold {keep} --golden.drop {keep}",
+                fix=f"give both thresholds, as in --rethreshold {keep} --golden.drop {keep}",
             )
         config = config.model_copy(update={"golden": config.golden.model_copy(update={"keep": keep})})
     if distributed.wanted(gpus) and keep is None:
         if config.engine.type != "hf":
-            mend = "leave --gpus out, and start a server on every GPU (captioner serve, engine.urls)"
-            raise ConfigError(f"--gpus is for the engine hf, not for {config.engine.type}", mend=mend)
+            fix = "leave --gpus out, and start a server on every GPU (captioner serve, engine.urls)"
+            raise ConfigError(f"--gpus is for the engine hf, not for {config.engine.type}", fix=fix)
         distributed.launch("golden", run, config, gpus, round=round, redo=redo)
         return {}
     run = Run.open(run, config, create=False)
@@ -157,7 +157,7 @@ def _of_round(run: Run, number: int) -> Plan:
         raise RunError(
             f"round {number - 1} has not been done",
             where=str(run.path / f"round-{number - 1}"),
-            mend=f"captioner iterate --round {number - 1} --run {run.path}",
+            fix=f"captioner iterate --round {number - 1} --run {run.path}",
         )
     source = round_source(run.config.golden.images, number)
     return Plan(number, source, run.current_captioner(number), run.stage_dir(f"round-{number}/qa"))
@@ -179,7 +179,7 @@ def make_golden(run: Run, plan: Plan, config: Config, *, redo: bool, rethreshold
         raise RunError(
             "there are no claims to apply a threshold to",
             where=str(home / "claims"),
-            mend=f"captioner golden --round {plan.number} --run {run.path}",
+            fix=f"captioner golden --round {plan.number} --run {run.path}",
         )
     with distributed.main_first(config.model.device):
         folder = resolve(plan.source, run)
@@ -376,7 +376,7 @@ def trusted(run: Run, plan: Plan, config: Config, table: Mapping[str, Mapping[st
         raise Refused(
             f"the verifier of round {plan.number} cannot be trusted: {trust.refused}",
             where=str(decision),
-            mend="more or better questions or steps (captioner qa --redo); golden.min_accuracy is the limit",
+            fix="more or better questions or steps (captioner qa --redo); golden.min_accuracy is the limit",
         )
     return Thresholds(config.golden.keep, config.golden.drop, trust.distrusted)
 
@@ -385,7 +385,7 @@ def _read_table(path: Path) -> dict[str, dict[str, Any]]:
     try:
         table: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise RunError(f"no accuracy: {error}", where=str(path), mend="captioner qa --redo") from error
+        raise RunError(f"no accuracy: {error}", where=str(path), fix="captioner qa --redo") from error
     return table
 
 
@@ -727,7 +727,7 @@ def _derived(run: Run, planned: StagePlan, redo: bool) -> Stage:
         raise RunError(
             error.what,
             where=error.where,
-            mend="--rethreshold KEEP derives anew, --redo samples and asks anew, too",
+            fix="--rethreshold KEEP derives anew, --redo samples and asks anew, too",
         ) from error
 
 
@@ -776,6 +776,6 @@ def _finish(
         raise Refused(
             f"{failed} of {images} images failed ({listed}), the limit is {run.config.max_failed:.0%}",
             where=str(stage.dir),
-            mend="look at failed/ there; --max-failed raises the limit",
+            fix="look at failed/ there; --max-failed raises the limit",
         )
     stage.finish({**counts, "failed": reasons.total()}, metrics, failed_reasons=dict(reasons))

@@ -77,7 +77,7 @@ def _numbers(rounds: str) -> list[int]:
     first, _, last = rounds.partition("-")
     if first.isdigit() and (last or first).isdigit() and 1 <= int(first) <= int(last or first):
         return list(range(int(first), int(last or first) + 1))
-    raise ConfigError(f"rounds {rounds!r} must be a range of whole numbers from 1", mend="--rounds 1-3")
+    raise ConfigError(f"rounds {rounds!r} must be a range of whole numbers from 1", fix="--rounds 1-3")
 
 
 def run_round(
@@ -89,7 +89,7 @@ def run_round(
         raise RunError(
             f"round {number} needs round {number - 1}, which has not been done",
             where=str(earlier),
-            mend=f"captioner iterate --round {number - 1} --run {run.path}",
+            fix=f"captioner iterate --round {number - 1} --run {run.path}",
         )
     run.current_captioner(number)  # names the missing command before anything is done
     for step in STEPS:
@@ -111,13 +111,13 @@ def gate(run: Run, number: int, *, accept_unjudged: bool = False) -> None:
         raise Refused(
             f"the gate refused round {number}: {'; '.join(why)}",
             where=str(run.path / f"round-{number}" / "gate.json"),
-            mend=_mend(number, decision, summary["captioners"][0]["checkpoint"]),
+            fix=_fix(number, decision, summary["captioners"][0]["checkpoint"]),
         )
     word = " unjudged" if decision.unjudged else ""
     print(f"round {number} is promoted{word}: {run.captioner_dir(number)}")
 
 
-def _mend(number: int, decision: Decision, start: str) -> str:
+def _fix(number: int, decision: Decision, start: str) -> str:
     stays = f"the captioner stays {start}"
     if decision.unjudged:
         return (
@@ -126,7 +126,7 @@ def _mend(number: int, decision: Decision, start: str) -> str:
             f"or look at what both say in `captioner report` and take the round on your own word: "
             f"captioner iterate --round {number} --accept-unjudged"
         )
-    return f"{stays}; more images, other thresholds or a gentler dpo section with --redo may mend the round"
+    return f"{stays}; more images, other thresholds or a gentler dpo section with --redo may fix the round"
 
 
 def _record(run: Run, number: int, summary: dict[str, Any], decision: Decision) -> None:

@@ -160,8 +160,8 @@ def read_rows(data: Path, config: Config, seed: int) -> tuple[list[ImageRow], di
         rows = [replace(row, questions=[dict(q) for q in own]) for row, own in zip(rows, asked, strict=True)]
     rows = [row for row in rows if any(map(method.is_yes_no, row.questions or []))]
     if not rows:
-        mend = "give the folder's metadata a column questions with yes/no answers"
-        raise DataError("no image has yes/no questions", where=str(data), mend=mend)
+        fix = "give the folder's metadata a column questions with yes/no answers"
+        raise DataError("no image has yes/no questions", where=str(data), fix=fix)
     return rows, counts
 
 

@@ -50,7 +50,7 @@ def report(run: RunDir, config: Config, *, images: int = IMAGES) -> Path:
     run = Run.open(run, config, create=False)
     page = collect(run, images)
     if not (page.evaluation or page.rounds or page.curves):
-        raise RunError("nothing to report yet", where=str(run.path), mend=f"captioner sft --run {run.path}")
+        raise RunError("nothing to report yet", where=str(run.path), fix=f"captioner sft --run {run.path}")
     target = run.path / "report.html"
     atomic_write_text(target, html.render_html(page))
     print(f"{html.verdict(page)}")
@@ -216,7 +216,7 @@ def _line(file: Path, line: str) -> Any:
     try:
         return json.loads(line)
     except ValueError as error:
-        raise RunError("a line is not JSON", where=str(file), mend="remove that line") from error
+        raise RunError("a line is not JSON", where=str(file), fix="remove that line") from error
 
 
 def _json(path: Path) -> Any:

@@ -80,7 +80,7 @@ def check(run: Run, plan: StagePlan, made_before: Sequence[Path] = ()) -> None:
     for name, at in plan.inputs.items():
         if not exists(run, at) and not _within(at, made_before):
             user = f"stage {plan.name}" if plan.name else "the command"
-            raise RunError(f"{user} needs {name}, which does not exist", where=str(at), mend=_fix(run, at))
+            raise RunError(f"{user} needs {name}, which does not exist", where=str(at), fix=_fix(run, at))
 
 
 def exists(run: Run, at: Path | str) -> bool:

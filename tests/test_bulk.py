@@ -327,7 +327,7 @@ def test_the_last_words_of_a_worker_are_heard(monkeypatch: pytest.MonkeyPatch) -
     """Also if it speaks and ends while others are waited for."""
 
     def work(settings: Settings, executor: Any, receive: Any, emit: Any) -> None:
-        emit(("refused", "what", "where", "mend"))
+        emit(("refused", "what", "where", "fix"))
 
     def others(connections: Any, seconds: float) -> list[Any]:
         for process, _ in pool._running.values():
@@ -342,7 +342,7 @@ def test_the_last_words_of_a_worker_are_heard(monkeypatch: pytest.MonkeyPatch) -
         events = pool.poll(1.0)
     finally:
         pool.close()
-    assert events == [(0, ("refused", "what", "where", "mend")), (0, ("died", "exit code 0"))]
+    assert events == [(0, ("refused", "what", "where", "fix")), (0, ("died", "exit code 0"))]
 
 
 def alive(pid: int) -> bool:
@@ -667,7 +667,7 @@ def caption_row(number: int, caption: str | None = None, **more: Any) -> Caption
     return CaptionRow(**made | more)
 
 
-def test_a_journal_without_its_last_lines_is_mended(tmp_path: Path) -> None:
+def test_a_journal_without_its_last_lines_is_fixed(tmp_path: Path) -> None:
     output = Output(tmp_path)
     for shard in range(4):
         output.publish(shard, [caption_row(shard, "x"), caption_row(9, error="too small: 1 px")])

@@ -225,7 +225,7 @@ def test_dry_run_tells_what_is_done_and_what_is_stale(
         (["iterate", "--rounds", "3-1"], ["'3-1' must be a range", "--rounds 1-3"]),
     ],
 )
-def test_what_the_user_can_mend_exits_2(
+def test_what_the_user_can_fix_exits_2(
     words: list[str],
     parts: list[str],
     tmp_path: Path,

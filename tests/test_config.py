@@ -86,7 +86,7 @@ def test_a_renamed_field_names_its_new_name(tmp_path: Path) -> None:
             load(None, {old: "7"})
         renamed = f"{old.rpartition('.')[0]}.{new}"
         assert error.value.what == f"{old} is now called {renamed}"
-        assert error.value.mend == f"--{renamed} 7"
+        assert error.value.fix == f"--{renamed} 7"
     toml = tmp_path / "a.toml"
     toml.write_text("[sft.training]\nbatch_size = 4\n")
     with pytest.raises(ConfigError, match=r"now called sft.training.per_device_train_batch_size\n.*line 2"):
@@ -117,7 +117,7 @@ def test_a_renamed_field_names_its_new_name(tmp_path: Path) -> None:
 def test_hints_name_the_field_that_is_meant(typed: str, meant: str) -> None:
     with pytest.raises(ConfigError) as error:
         load(None, {typed: "1"})
-    assert error.value.mend == f"did you mean {meant}?"
+    assert error.value.fix == f"did you mean {meant}?"
 
 
 def test_the_field_that_every_synonym_stands_for_exists() -> None:

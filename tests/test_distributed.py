@@ -85,7 +85,7 @@ def test_two_processes_equal_one_with_twice_the_accumulation_and_a_killed_rank_s
     assert two.returncode == 2, said
     assert said.splitlines() == [
         "rank 1 of 2 was killed by signal 9; the others were stopped",
-        "  mend:  the same command goes on from the last checkpoint",
+        "  fix:   the same command goes on from the last checkpoint",
     ]
     assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
 
@@ -220,7 +220,7 @@ def test_fewer_gpus_than_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     with pytest.raises(ConfigError, match="--gpus 3, and there are 1") as caught:
         distributed.launch("sft", "run", Config(), 3)
-    assert caught.value.mend == "--gpus 1"
+    assert caught.value.fix == "--gpus 1"
 
 
 def test_other_commands_refuse_several_processes(

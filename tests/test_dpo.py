@@ -632,7 +632,7 @@ def test_command_killed_twice_equals_an_uninterrupted_one(
 def test_command_stopped_by_an_alarm_keeps_the_old_captioner(
     pairs: list[Pair], folder: Path, tmp_path: Path
 ) -> None:
-    """Exit 3 and what it saw; the same command rings again from the last good checkpoint; --redo mends."""
+    """Exit 3 and what it saw; the same command rings again from the last good checkpoint; --redo fixes."""
     wild = {"learning_rate": 0.5, "warmup_ratio": 0.5, "max_steps": 8, "save_steps": 1}
     watch = {"every": 1, "max_kl": 0.2, "max_change": 1}
     config = round_config(golden_sft_steps=0, training=wild, alarms=watch)

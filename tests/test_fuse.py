@@ -347,7 +347,7 @@ def test_sequential_adapters_are_trained_and_not_exported(
     }
     config = load(None, fields)
     sft.sft(tmp_path / "run", config)
-    assert "no part of a stock checkpoint" in capsys.readouterr().out
+    assert "cannot hold sequential adapters" in capsys.readouterr().out
     home = tmp_path / "run" / "sft"
     assert (home / "stage.json").is_file() and not (home / "captioner").exists()
     with pytest.raises(ConfigError, match="sequential adapter cannot be exported"):

@@ -167,7 +167,7 @@ def test_refuses_what_it_cannot_load(spoil, says: str, tmp_path: Path) -> None: 
     spoil(folder)
     with pytest.raises(CheckpointError, match=says) as caught:
         model.load(folder)
-    assert caught.value.where and caught.value.mend
+    assert caught.value.where and caught.value.fix
 
 
 def test_describe_trainable_folds_layers() -> None:

@@ -284,7 +284,7 @@ def test_what_cannot_be_learned_from_is_found_before_the_first_step(
         Refused, match=r"(?s)2 of 6 images cannot be learned from.*cannot be decoded.*no shorthand"
     ):
         loop.sft(tmp_path / "run", config)
-    assert not (tmp_path / "run" / "sft").exists()  # mended, the same command works
+    assert not (tmp_path / "run" / "sft").exists()  # fixed, the same command works
     loop.sft(tmp_path / "run", config.model_copy(update={"max_failed": 0.4}))
     assert "2 of 6 images are left out" in capsys.readouterr().out
     out = tmp_path / "run" / "sft"

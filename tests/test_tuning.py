@@ -282,7 +282,7 @@ def test_four_bits_need_a_gpu_and_their_library(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
     with pytest.raises(ConfigError, match="need bitsandbytes") as caught:
         model._four_bits(model.FAMILIES["qwen3_vl"], torch.bfloat16, "cuda")
-    assert caught.value.mend == "pip install bitsandbytes"
+    assert caught.value.fix == "pip install bitsandbytes"
 
 
 def test_pickled_adapter_is_not_read(tmp_path: Path) -> None:

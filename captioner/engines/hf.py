@@ -298,7 +298,7 @@ def _one_view(part: tuple[Tensor, Tensor], tags: Sequence[str], view: str) -> Sh
     """The patches, grid and tag of the one view of that name."""
     if view not in tags:
         known = ", ".join(tags)
-        raise DataError(f"there is no view {view!r}", where="view of a question", mend=f"use one of: {known}")
+        raise DataError(f"there is no view {view!r}", where="view of a question", fix=f"use one of: {known}")
     patches, grid = part
     at = list(tags).index(view)
     start = int(grid[:at].prod(1).sum())

@@ -177,7 +177,7 @@ class Servers:
             raise EngineError(
                 f"the server answers {response.status_code}: {_excerpt(data)}",
                 where=server.url,
-                mend="check its address and model, and the key in OPENAI_API_KEY",
+                fix="check its address and model, and the key in OPENAI_API_KEY",
             )
         if 400 <= response.status_code < 500 and response.status_code not in (408, 409, 425, 429):
             raise Rejected(f"the server answers {response.status_code}: {_excerpt(data)}")
@@ -207,7 +207,7 @@ class Servers:
                 raise EngineError(
                     f"no server serves {self.wanted}",
                     where=reasons,
-                    mend="start one with `captioner serve CHECKPOINT`, or name the model to ask for",
+                    fix="start one with `captioner serve CHECKPOINT`, or name the model to ask for",
                 )
             for server in self._servers:
                 self._probe(server)
@@ -219,7 +219,7 @@ class Servers:
                 raise EngineError(
                     f"no server answered for {self.config.wait:.0f} seconds",
                     where=reasons,
-                    mend="start one with `captioner serve CHECKPOINT`; the same command then goes on",
+                    fix="start one with `captioner serve CHECKPOINT`; the same command then goes on",
                 ) from None
 
     def _out(self, server: Server, reason: str) -> None:

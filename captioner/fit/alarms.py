@@ -165,7 +165,7 @@ class Alarms(TrainerCallback):
             control.should_save = False
 
     def ring(self, step: int, what: str) -> None:
-        raise Refused(f"alarm at step {step}: {what}", mend=MEND)
+        raise Refused(f"alarm at step {step}: {what}", fix=MEND)
 
 
 def changed(start: dict[str, float], now: dict[str, float], config: AlarmsConfig) -> list[str]:

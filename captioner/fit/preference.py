@@ -227,7 +227,7 @@ def _stale(what: str, where: str) -> RunError:
     return RunError(
         f"the stored reference log-probabilities were computed of other {what}",
         where=where,
-        mend="add --redo to make the stage anew, or restore what it was made with",
+        fix="add --redo to make the stage anew, or restore what it was made with",
     )
 
 
@@ -423,7 +423,7 @@ def train_preference(
                     out / "alarm.json", {"what": alarm.what, "where": alarm.where, "kept": kept}
                 )
             where = f"{out}; the last good checkpoint: {kept}" + (f"; {alarm.where}" if alarm.where else "")
-            raise Refused(alarm.what, where=where, mend=alarm.mend) from alarm
+            raise Refused(alarm.what, where=where, fix=alarm.fix) from alarm
 
 
 # ---- reference log-probabilities

@@ -122,7 +122,7 @@ class Collator:
             raise DataError(
                 f"a row reaches position {int(reach.max())}; the model ends at {self.longest}",
                 where=self.images.keys[picked[int(reach.argmax())]],
-                mend="shorten its caption, or use fewer or smaller views",
+                fix="shorten its caption, or use fewer or smaller views",
             )
         return batch
 
@@ -145,7 +145,7 @@ class Collator:
                 f"{len(long)} of {len(self.images)} images have captions that do not fit: the model ends at "
                 f"position {self.longest}",
                 where=", ".join(long[:5]) + (", ..." if len(long) > 5 else ""),
-                mend="shorten or leave out these captions, or use fewer or smaller views",
+                fix="shorten or leave out these captions, or use fewer or smaller views",
             )
 
     def _prefix_reach(self, path: Path) -> int:
@@ -186,8 +186,8 @@ class Collator:
         try:
             return load_image(path)[0]
         except BadImage as error:
-            mend = "remove or replace the image"
-            raise DataError(str(error), where=str(path), mend=mend) from error
+            fix = "remove or replace the image"
+            raise DataError(str(error), where=str(path), fix=fix) from error
 
 
 # ---- trainers
@@ -225,7 +225,7 @@ class _Trainer:
             raise self.not_finite(
                 f"loss {loss.item()}, gradient norm {norm.item()} at step {self.state.global_step + 1}",
                 where=f"images {', '.join(self.data_collator.keys(positions))}",
-                mend="lower the section's training.learning_rate, or leave these images out",
+                fix="lower the section's training.learning_rate, or leave these images out",
             )
         return loss
 
@@ -383,8 +383,8 @@ def train_sft(
             validation_loss, captioner, renderer, validation, training.per_device_train_batch_size
         )
     elif training.early_stopping_patience:
-        where, mend = "training.early_stopping_patience", "name validation images, or set it to 0"
-        raise ConfigError("An early stop needs a validation loss.", where=where, mend=mend)
+        where, fix = "training.early_stopping_patience", "name validation images, or set it to 0"
+        raise ConfigError("An early stop needs a validation loss.", where=where, fix=fix)
     log = _Log(out, validate, training.early_stopping_patience)
     return _train(_SFT, captioner, collator, args, out, log, report, shard=shard and world_size() > 1)
 
@@ -453,8 +453,8 @@ def tune(captioner: Captioner, tuning: Tuning, prompt: SoftPromptConfig | None, 
     """
     if isinstance(tuning, FullTuning):
         if getattr(captioner.model, "is_loaded_in_4bit", False):
-            mend = "set --model.load_in_4bit false, or train adapters"
-            raise ConfigError("Weights held in 4 bits cannot train.", where="sft.tuning.type", mend=mend)
+            fix = "set --model.load_in_4bit false, or train adapters"
+            raise ConfigError("Weights held in 4 bits cannot train.", where="sft.tuning.type", fix=fix)
         captioner.model.requires_grad_(True)
     else:
         captioner.model.requires_grad_(False)
@@ -463,8 +463,8 @@ def tune(captioner: Captioner, tuning: Tuning, prompt: SoftPromptConfig | None, 
         text = prompts.load("caption") if prompt.init is None else prompt.init
         soft_prompt.attach(captioner, prompt.length, text, trainable=prompt.trainable)
     if not any(parameter.requires_grad for parameter in captioner.model.parameters()):
-        mend = "name a part or a width, or let the soft prompt train"
-        raise ConfigError("Nothing would train.", where="tuning", mend=mend)
+        fix = "name a part or a width, or let the soft prompt train"
+        raise ConfigError("Nothing would train.", where="tuning", fix=fix)
 
 
 def trainable_table(model: torch.nn.Module) -> str:
@@ -550,8 +550,8 @@ def _arguments(captioner: Captioner, training: TrainingConfig, out: Path) -> dic
     device, dtype = captioner.device.type, captioner.model.dtype
     for tracker in training.report_to:
         if importlib.util.find_spec(tracker) is None:
-            where, mend = "training.report_to", f"pip install {tracker}, or leave it out"
-            raise ConfigError(f"{tracker} is not installed", where=where, mend=mend)
+            where, fix = "training.report_to", f"pip install {tracker}, or leave it out"
+            raise ConfigError(f"{tracker} is not installed", where=where, fix=fix)
     os.environ.pop("ACCELERATE_MIXED_PRECISION", None)  # transformers leaves the last training's choice there
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(out / "logs")
     return {
@@ -630,7 +630,7 @@ def _check_precision(model: torch.nn.Module) -> None:
         raise RunError(
             f"{len(odd)} frozen parameters are {frozen[odd[0]].dtype}, the others are not",
             where=", ".join(odd[:3]),
-            mend="store the checkpoint in one number format",
+            fix="store the checkpoint in one number format",
         )
 
 

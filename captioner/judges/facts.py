@@ -59,8 +59,8 @@ class FactList:
         wordings = [row if isinstance(row, list) else [row] for row in rows]
         texts = [text for row in wordings for text in row]
         if not texts or not all(isinstance(text, str) and normalise(text) for text in texts):
-            mend = 'write "facts": ["red cup", ["wooden table", "table of wood"]]'
-            raise DataError("not a list of facts", where=where or repr(facts)[:80], mend=mend)
+            fix = 'write "facts": ["red cup", ["wooden table", "table of wood"]]'
+            raise DataError("not a list of facts", where=where or repr(facts)[:80], fix=fix)
         return cls(tuple(tuple(map(normalise, row)) for row in wordings))
 
 
@@ -97,9 +97,9 @@ def read_file(path: Path) -> dict[str, FactList]:
             continue
         name = row.get("file_name") if isinstance(row, dict) else None
         if not isinstance(name, str):
-            raise DataError("no file_name", where=where, mend="name the image in the field file_name")
+            raise DataError("no file_name", where=where, fix="name the image in the field file_name")
         if name in found:
-            raise DataError(f"the image {name!r} is named twice", where=where, mend="keep one line per image")
+            raise DataError(f"the image {name!r} is named twice", where=where, fix="keep one line per image")
         found[name] = FactList.of(row.get("facts"), where)
     return found
 

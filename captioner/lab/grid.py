@@ -555,7 +555,7 @@ def rows(
 ) -> Iterator[tuple[Image.Image, dict[str, Any]]]:
     """Pictures with their metadata row. Raises DataError for an unknown split."""
     if split not in SPLITS:
-        raise DataError(f"no split {split!r} of the scenes", mend=f"one of {', '.join(SPLITS)}")
+        raise DataError(f"no split {split!r} of the scenes", fix=f"one of {', '.join(SPLITS)}")
     for index in range(offset, offset + count):
         scene = sample(split, index, seed)
         stream = (

@@ -75,7 +75,7 @@ def lint(
         raise Refused(
             f"{len(leaked)} images of the pairs are evaluation images",
             where=", ".join(leaked[:3]),
-            mend="take other golden.images, or another gate.data or evaluate.data",
+            fix="take other golden.images, or another gate.data or evaluate.data",
         )
     dropped = dict.fromkeys(("repeated", "identical", "too long", "unended", "too few refuted"), 0)
     kept: list[Pair] = []
@@ -106,14 +106,14 @@ def lint(
         raise Refused(
             f"the linter drops {len(pairs) - len(kept)} of {len(pairs)} pairs ({listed}); it may drop "
             f"{config.max_dropped:.0%}",
-            mend="look at the samples and claims of the round; pairs.max_dropped raises the limit",
+            fix="look at the samples and claims of the round; pairs.max_dropped raises the limit",
         )
     chosen, rejected = (fmean(side) for side in zip(*sizes, strict=True))
     if max(chosen / rejected, rejected / chosen) > config.max_length_ratio:
         raise Refused(
             f"chosen captions have {chosen:.0f} tokens on average, rejected ones {rejected:.0f}: length "
             f"alone would tell them apart; the limit is a factor of {config.max_length_ratio}",
-            mend="another golden.keep or golden.abstain; pairs.max_length_ratio raises the limit",
+            fix="another golden.keep or golden.abstain; pairs.max_length_ratio raises the limit",
         )
     means = {"chosen tokens": chosen, "rejected tokens": rejected}
     refuted = {"refuted in rejected": fmean(pair.refuted_in_rejected for pair in kept)}

@@ -117,7 +117,7 @@ def split(keys: Sequence[str], share: float, seed: int) -> tuple[list[int], list
     """
     if len(keys) < 2:
         raise DataError(
-            f"{len(keys)} image with yes/no questions", mend="give qa.data more images: some are held out"
+            f"{len(keys)} image with yes/no questions", fix="give qa.data more images: some are held out"
         )
     order = sorted(range(len(keys)), key=lambda i: (row_seed(seed, "holdout", keys[i]), keys[i]))
     held = min(max(1, round(share * len(keys))), len(keys) - 1)
@@ -245,7 +245,7 @@ class Calibration(BaseModel):
             return cls.model_validate(json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, ValidationError) as error:
             raise RunError(
-                f"no calibration: {error}", where=str(path), mend="captioner qa --round N --redo"
+                f"no calibration: {error}", where=str(path), fix="captioner qa --round N --redo"
             ) from error
 
 

@@ -29,11 +29,11 @@ def reformulate(source: Path, out: Path, tool: Tool) -> tuple[int, list[Failed]]
     caption.
     """
     if out.exists():
-        raise DataError("the output exists already", where=str(out), mend="name a new --out, or remove it")
+        raise DataError("the output exists already", where=str(out), fix="name a new --out, or remove it")
     rows = read_folder(source)
     told = [row for row in rows if row.caption]
     if not told:
-        raise DataError("no image has a caption", where=str(source), mend="see data/README.md for the forms")
+        raise DataError("no image has a caption", where=str(source), fix="see data/README.md for the forms")
     failed = [Failed(sample="", key=row.key, reason="no caption") for row in rows if not row.caption]
     count = 0
     with atomic_dir(out) as folder:
@@ -87,8 +87,8 @@ def read_checked(path: Path) -> list[Checked]:
     try:
         return [Checked.model_validate_json(line) for line in read_text(path).split("\n") if line.strip()]
     except ValidationError as error:
-        mend = 'a line is {"prose": ..., "facts": ["red cup", ...]}'
-        raise DataError("not captions with their facts", where=str(path), mend=mend) from error
+        fix = 'a line is {"prose": ..., "facts": ["red cup", ...]}'
+        raise DataError("not captions with their facts", where=str(path), fix=fix) from error
 
 
 def fidelity(checked: Sequence[Checked], tool: Tool) -> Fidelity:

@@ -117,12 +117,12 @@ def tune(
         raise ConfigError(
             f"The captioner already has the adapter {name_of(captioner)!r}.",
             where=str(captioner.path),
-            mend="export it and load the exported checkpoint: adapters do not stack",
+            fix="export it and load the exported checkpoint: adapters do not stack",
         )
     parts = () if isinstance(tuning, AdapterTuning) else tuning.parts
     if _quantized(captioner) and set(parts) - {"merger", "head", "embeddings"}:
-        mend = "train only merger, head or embeddings, or set --model.load_in_4bit false"
-        raise ConfigError("Weights held in 4 bits cannot train.", where="sft.tuning.parts", mend=mend)
+        fix = "train only merger, head or embeddings, or set --model.load_in_4bit false"
+        raise ConfigError("Weights held in 4 bits cannot train.", where="sft.tuning.parts", fix=fix)
     manifest = {
         "name": name,
         **tuning.model_dump(mode="json"),
@@ -195,13 +195,13 @@ def load(captioner: Captioner, name: str, folder: Path) -> None:
         state = load_file(folder / WEIGHTS_FILE)
     except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
         raise CheckpointError(
-            f"The adapter cannot be read: {error}", where=str(folder), mend="train it again"
+            f"The adapter cannot be read: {error}", where=str(folder), fix="train it again"
         ) from error
     if base != fingerprint(captioner):
         raise CheckpointError(
             "The adapter was trained on another base.",
             where=str(folder),
-            mend=f"load the checkpoint it was trained on ({base_path})",
+            fix=f"load the checkpoint it was trained on ({base_path})",
         )
     tune(captioner, tuning, name, seed)
     parameters = _parameters(captioner)
@@ -209,7 +209,7 @@ def load(captioner: Captioner, name: str, folder: Path) -> None:
         key: value.shape for key, value in state.items()
     }:
         raise CheckpointError(
-            "The adapter's tensors do not fit the model.", where=str(folder), mend="train it again"
+            "The adapter's tensors do not fit the model.", where=str(folder), fix="train it again"
         )
     with torch.no_grad():
         for key, value in state.items():
@@ -234,7 +234,7 @@ def delta(captioner: Captioner, name: str) -> list[Delta]:
         raise ConfigError(
             f"A {placement} adapter cannot be exported: a stock checkpoint has no block of its form.",
             where=str(captioner.path),
-            mend='train with tuning.placement = "parallel", or caption with the hf engine',
+            fix='train with tuning.placement = "parallel", or caption with the hf engine',
         )
     plan = []
     for block, tower, unit in _units(captioner):
@@ -264,7 +264,7 @@ def merged(captioner: Captioner) -> dict[str, Tensor]:
             found[f"{key}.weight"] = base.weight.data.to(kept.dtype)
         except ValueError as error:
             raise CheckpointError(
-                "The merged weights are not finite.", where=key, mend="train it again"
+                "The merged weights are not finite.", where=key, fix="train it again"
             ) from error
         finally:
             base.weight.data = kept
@@ -355,7 +355,7 @@ def _picked(numbers: Sequence[int] | None, count: int, tower: str) -> list[int]:
         raise ConfigError(
             f"There is no {tower} layer {wrong[0]}: the model has {count}.",
             where=f"tuning.{tower}_layers",
-            mend=f"name layers from 0 to {count - 1}, or from -1 to -{count} counted from the end",
+            fix=f"name layers from 0 to {count - 1}, or from -1 to -{count} counted from the end",
         )
     return sorted({number % count for number in numbers})
 

@@ -60,7 +60,7 @@ def _library() -> Any:
         raise ConfigError(
             f"The adapters of this kind need the `adapters` library: {error}.",
             where="tuning.placement",
-            mend="set it to parallel or sequential, or use an environment with captioner[adapters]",
+            fix="set it to parallel or sequential, or use an environment with captioner[adapters]",
         ) from error
     return adapters
 

@@ -217,15 +217,15 @@ def _four_bits(family: Family, dtype: torch.dtype, device: str) -> dict[str, Any
     """How transformers is told to hold the layers of both towers in NF4 (Dettmers et al. 2023)."""
     where = "model.load_in_4bit"
     if not device.startswith("cuda"):
-        mend = "leave it false, or run on a machine with a CUDA device"
+        fix = "leave it false, or run on a machine with a CUDA device"
         raise ConfigError(
-            f"4-bit weights need a CUDA device; the model is on {device}.", where=where, mend=mend
+            f"4-bit weights need a CUDA device; the model is on {device}.", where=where, fix=fix
         )
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(
             "4-bit weights need bitsandbytes, which is not installed.",
             where=where,
-            mend="pip install bitsandbytes",
+            fix="pip install bitsandbytes",
         )
     settings = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -258,7 +258,7 @@ def _architecture(path: Path) -> PretrainedConfig:
         raise CheckpointError(
             f"config.json does not fit its architecture: {_one_line(error)}",
             where=str(path),
-            mend="copy it from the original checkpoint",
+            fix="copy it from the original checkpoint",
         ) from error
 
 
@@ -282,13 +282,13 @@ def _pretrained_model(path: Path, dtype: torch.dtype, **how: Any) -> PreTrainedM
         raise CheckpointError(
             f"The weights do not load: {_one_line(error)}",
             where=str(path),
-            mend="copy the checkpoint again",
+            fix="copy the checkpoint again",
         ) from error
     if info["missing_keys"]:  # transformers would leave them random
         raise CheckpointError(
             f"The weights lack {len(info['missing_keys'])} tensors, {min(info['missing_keys'])} among them.",
             where=str(path),
-            mend="copy the checkpoint again",
+            fix="copy the checkpoint again",
         )
     return cast(PreTrainedModel, model)
 
@@ -307,7 +307,7 @@ def _processor(path: Path) -> ProcessorMixin:
         raise CheckpointError(
             f"The processor does not load: {_one_line(error)}",
             where=str(path),
-            mend="copy the tokenizer and processor files from the original checkpoint",
+            fix="copy the tokenizer and processor files from the original checkpoint",
         ) from error
 
 
@@ -339,7 +339,7 @@ def _strip_soft_rows(captioner: Captioner, own: Own) -> None:
         raise CheckpointError(
             "The soft tokens that config.json names are no rows of the embedding.",
             where=str(captioner.path),
-            mend="export the captioner again",
+            fix="export the captioner again",
         )
     rows = embedding.weight.detach()[ids].clone()
     if base_vocab_size < embedding.num_embeddings:

@@ -109,7 +109,7 @@ class Renderer:
             raise CheckpointError(
                 "the chat template does not have the form of the Qwen-VL family",
                 where=str(self.captioner.path),
-                mend="use a Qwen2-VL, Qwen2.5-VL or Qwen3-VL instruct checkpoint with its own chat template",
+                fix="use a Qwen2-VL, Qwen2.5-VL or Qwen3-VL instruct checkpoint with its own chat template",
             )
         self.end_id: int = end
         self._head, self._turn = self._markup(head), self._markup(turn)
@@ -195,7 +195,7 @@ class Renderer:
         if not plan:
             known = ", ".join(self.tags())
             raise DataError(
-                f"there is no view {view!r}", where="view of a question", mend=f"use one of: {known}"
+                f"there is no view {view!r}", where="view of a question", fix=f"use one of: {known}"
             )
         grid = torch.tensor([[1, part.height // self.patch, part.width // self.patch] for part in plan])
         tags = tuple(part.tag for part in plan)
@@ -215,7 +215,7 @@ class Renderer:
                 raise DataError(
                     f"{len(grid)} views were rendered where the settings have {len(tags)}",
                     where="views.levels, views.center",
-                    mend="render images and prompts with the same views settings",
+                    fix="render images and prompts with the same views settings",
                 )
             self._prefixes[key] = self._make_prefix(grid.tolist(), tags)
         return self._prefixes[key]

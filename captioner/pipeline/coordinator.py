@@ -8,7 +8,7 @@ becomes a row with that error. Where workers run is the business of the :class:`
 Events of a worker: ``("ready",)``, ``("had", shard, count)`` (rows of before), ``("rows", shard, rows)`` (a
 few numbered ones, for whoever watches), ``("read", shard)`` (send another), ``("published", shard, tally)``,
 ``("trying", shard, number, key)``, ``("stopped", shard)`` (after so many tries), ``("waiting", why)``,
-``("unreadable", shard, reason)``, ``("refused", what, where, mend)``, ``("broken", traceback)``; and of its
+``("unreadable", shard, reason)``, ``("refused", what, where, fix)``, ``("broken", traceback)``; and of its
 pool ``("died", reason)``.
 """
 
@@ -191,7 +191,7 @@ class Coordinator:
             worker.ready, worker.starts = True, 0
             self.watch.worker(number, "ready")
         elif kind == "refused":
-            raise UserError(event[1], where=event[2], mend=event[3])
+            raise UserError(event[1], where=event[2], fix=event[3])
         elif kind == "broken":
             worker.why = event[1].strip().splitlines()[-1]
             self.watch.say(f"worker {number} failed:\n{event[1]}")
@@ -256,14 +256,14 @@ class Coordinator:
         self.watch.say(f"worker {number} died ({reason}); it is started anew")
         self._deaths += 1
         if self._deaths >= DEATHS:
-            mend = "see their messages above; the same command goes on where the job stopped"
-            raise RunError(f"{DEATHS} workers died, and no caption came: {reason}", mend=mend)
+            fix = "see their messages above; the same command goes on where the job stopped"
+            raise RunError(f"{DEATHS} workers died, and no caption came: {reason}", fix=fix)
         if not worker.ready:
             worker.starts += 1
             if worker.starts >= STARTS:
                 raise RunError(
                     f"a worker died {STARTS} times before it was ready: {reason}",
-                    mend="see its messages above; try one image with --estimate 1",
+                    fix="see its messages above; try one image with --estimate 1",
                 )
         for shard in worker.shards.values():
             if worker.alone:

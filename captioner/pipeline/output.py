@@ -254,9 +254,7 @@ def check_free(out: Path) -> None:
     if (out / MANIFEST).is_file() or not out.exists():
         return
     if not out.is_dir() or any(not path.name.startswith(".") for path in out.iterdir()):
-        raise RunError(
-            "the output holds something else", where=str(out), mend="name a new --out, or empty it"
-        )
+        raise RunError("the output holds something else", where=str(out), fix="name a new --out, or empty it")
 
 
 def stored_job(out: Path) -> dict[str, Any]:
@@ -267,8 +265,8 @@ def stored_job(out: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(manifest.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
-        mend = "name a new --out, or start over with --redo"
-        raise RunError("the job's manifest cannot be read", where=str(manifest), mend=mend) from error
+        fix = "name a new --out, or start over with --redo"
+        raise RunError("the job's manifest cannot be read", where=str(manifest), fix=fix) from error
 
 
 def claim(out: Path, job: dict[str, Any], marks: Sequence[str]) -> Output:
@@ -281,8 +279,8 @@ def claim(out: Path, job: dict[str, Any], marks: Sequence[str]) -> Output:
     changed = [name for name in BOUND if before and before.get(name) != job[name]]
     if changed:
         what = f"this output was begun with another {' and '.join(changed)}"
-        mend = "name a new --out, or start over with --redo"
-        raise RunError(what, where=str(out / MANIFEST), mend=mend)
+        fix = "name a new --out, or start over with --redo"
+        raise RunError(what, where=str(out / MANIFEST), fix=fix)
     out.mkdir(parents=True, exist_ok=True)
     clear_leftovers(out)
     shutil.rmtree(out / LEASES, ignore_errors=True)
@@ -318,8 +316,8 @@ def write_texts(out: Path) -> None:
                 had = database.execute("SELECT key, folder FROM places WHERE name = ?", [name]).fetchone()
                 if had and not (folder and had[1]):
                     what = f"the keys {had[0]!r} and {row.key!r} want one file name"
-                    mend = "leave --format txt out: the rows are all there, in Parquet files or with jsonl"
-                    raise DataError(what, where=str(out / name), mend=mend)
+                    fix = "leave --format txt out: the rows are all there, in Parquet files or with jsonl"
+                    raise DataError(what, where=str(out / name), fix=fix)
                 if not had:
                     database.execute("INSERT INTO places VALUES (?, ?, ?)", [name, key or row.key, folder])
     rows = read_captions(out)

@@ -220,7 +220,7 @@ class Watch:
             raise Refused(
                 f"stopped by a tripwire: {'; '.join(found)}",
                 where=str(self.output.out),
-                mend="look at the rows; the same command with --caption.tripwires.action warn goes on",
+                fix="look at the rows; the same command with --caption.tripwires.action warn goes on",
             )
 
 

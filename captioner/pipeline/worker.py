@@ -113,7 +113,7 @@ def work(
         finally:
             engine.close()
     except UserError as error:
-        emit(("refused", error.what, error.where, error.mend))
+        emit(("refused", error.what, error.where, error.fix))
     except Exception:  # the boundary of the process: the coordinator records it
         emit(("broken", traceback.format_exc()))
 
@@ -332,7 +332,7 @@ class Worker:
             raise RunError(
                 f"{UNANSWERED} images one after the other got no answer: {row.error}",
                 where=", ".join(self.settings.config.engine.urls),
-                mend="mend the server; the same command tries these images again and goes on",
+                fix="fix the server; the same command tries these images again and goes on",
             )
 
     # ---- outcomes

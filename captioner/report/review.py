@@ -94,7 +94,7 @@ def choose(claims: Iterable[Claim], count: int, seed: int) -> list[Item]:
 def add(answers: Answers, item: Item, answer: str) -> None:
     """Store what a person says about a claim. Raises DataError for another answer than ``ANSWERS``."""
     if answer not in ANSWERS:
-        raise DataError(f"{answer!r} is not an answer.", mend=f"Answer one of: {', '.join(ANSWERS)}.")
+        raise DataError(f"{answer!r} is not an answer.", fix=f"Answer one of: {', '.join(ANSWERS)}.")
     about = {name: value for name, value in asdict(item).items() if name not in ("id", "view")}
     answers.add(item.id, answer, **about)
 

@@ -23,7 +23,7 @@ def resolve(source: str, run: Run | None = None, *, cache: Path | None = None) -
     if folder is None:
         home = run.path / "data" if run is not None else cache
         if home is None:
-            raise DataError("no image folder", where=source, mend="name a folder of images")
+            raise DataError("no image folder", where=source, fix="name a folder of images")
         return gather.gather(source, home)
     part = laboratory.parse(source)
     if part is not None and not folder.is_dir():
@@ -43,7 +43,7 @@ def locate(source: str, run: Run | None = None, *, cache: Path | None = None) ->
     home = run.path / "data" if run is not None else cache
     if home is None:
         raise DataError(
-            f"{part.scheme} need a place to be rendered to", where=source, mend="name a --run directory"
+            f"{part.scheme} need a place to be rendered to", where=source, fix="name a --run directory"
         )
     seed = run.config.seed if run is not None else 0
     return home / (f"{part.split}-{part.count}-{part.offset}" + (f"-seed{seed}" if seed else ""))

@@ -78,7 +78,7 @@ def read_text(path: Path) -> str:
     try:
         return decode_text(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise DataError(f"cannot be read: {error}", where=str(path), mend="save it as UTF-8") from error
+        raise DataError(f"cannot be read: {error}", where=str(path), fix="save it as UTF-8") from error
 
 
 def read_table(path: Path, named: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
@@ -92,7 +92,7 @@ def read_table(path: Path, named: Mapping[str, str] | None = None) -> list[dict[
         names, rows = _read(path)
     except (OSError, ValueError, csv.Error, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise DataError(f"cannot be read: {reason}", where=str(path), mend="save it as UTF-8") from error
+        raise DataError(f"cannot be read: {reason}", where=str(path), fix="save it as UTF-8") from error
     for number, row in rows:
         if not isinstance(row, dict):
             raise DataError("a line is no JSON object", where=f"{path}, row {number}")
@@ -146,7 +146,7 @@ def _columns(path: Path, names: list[str], named: Mapping[str, str]) -> dict[str
                 raise NoCaptionTable(
                     f"no column {named[flag]!r} among {', '.join(names[:20])}",
                     where=str(path),
-                    mend=f"name one that is there: SOURCE?{flag}=COLUMN",
+                    fix=f"name one that is there: SOURCE?{flag}=COLUMN",
                 )
             found[ours] = plain[_plain(named[flag])]
         elif column := next((plain[name] for name in known if name in plain), None):
@@ -156,13 +156,13 @@ def _columns(path: Path, names: list[str], named: Mapping[str, str]) -> dict[str
         raise NoCaptionTable(
             f"no file_name: no column that names images among {listed}",
             where=str(path),
-            mend="call it file_name, or name it: SOURCE?file=COLUMN",
+            fix="call it file_name, or name it: SOURCE?file=COLUMN",
         )
     if not found.keys() & {"text", "prose", "facts", "questions"}:
         raise NoCaptionTable(
             f"no column of captions among {listed}",
             where=str(path),
-            mend="call it text or caption, or name it: SOURCE?text=COLUMN",
+            fix="call it text or caption, or name it: SOURCE?text=COLUMN",
         )
     return found
 

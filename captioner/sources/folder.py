@@ -143,7 +143,7 @@ def read_captions(path: Path) -> Iterator[CaptionRow]:
         raise DataError(
             "no caption rows here",
             where=str(path),
-            mend="name the folder that `captioner caption --out` wrote",
+            fix="name the folder that `captioner caption --out` wrote",
         )
     for shard in shards:
         yield from read_parquet(shard, CaptionRow)
@@ -213,7 +213,7 @@ def write_sidecar(folder: Path, key: str, caption: str, suffix: str = ".txt") ->
         raise DataError(
             NO_SUCH_NAME[error.errno],
             where=str(path),
-            mend="choose another format, or rename the image or its folder",
+            fix="choose another format, or rename the image or its folder",
         ) from error
     finally:
         with suppress(OSError):
@@ -254,7 +254,7 @@ def walk_images(path: Path, others: Counter[str] | None = None) -> Iterator[tupl
     """
     if not path.is_dir():
         what = "not a folder" if path.exists() else "no such folder"
-        raise DataError(what, where=str(path), mend="name a folder of images, or scenes:SPLIT:COUNT")
+        raise DataError(what, where=str(path), fix="name a folder of images, or scenes:SPLIT:COUNT")
 
     def unreadable(error: OSError) -> None:
         raise DataError(f"cannot be listed: {error.strerror}", where=str(error.filename)) from error
@@ -301,7 +301,7 @@ def no_images(path: Path) -> DataError:
     return DataError(
         "no images in this folder",
         where=str(path),
-        mend=f"image files end in one of {' '.join(sorted(IMAGE_SUFFIXES))}",
+        fix=f"image files end in one of {' '.join(sorted(IMAGE_SUFFIXES))}",
     )
 
 
@@ -400,7 +400,7 @@ def caption_tables(path: Path, named: Mapping[str, str] | None = None) -> tuple[
             raise DataError(
                 f"{len(found)} caption tables of one folder, one is wanted",
                 where=", ".join(map(str, found)),
-                mend="keep one of them, or name it as the source",
+                fix="keep one of them, or name it as the source",
             )
         tables += found
     return tables, others

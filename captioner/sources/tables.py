@@ -47,7 +47,7 @@ def columns_of(schema: Any, where: str) -> Columns:
         raise DataError(
             f"no column of images among {', '.join(list(kinds)[:20])}",
             where=where,
-            mend="image bytes in a column `image`, or paths of image files in a column `path`",
+            fix="image bytes in a column `image`, or paths of image files in a column `path`",
         )
     keys = [k for k in (*KEY_COLUMNS, *paths[:1]) if k in kinds and (text(kinds[k]) or _whole(kinds[k]))]
     captions = [name for name in CAPTION_COLUMNS if name in kinds and text(kinds[name])]
