@@ -58,7 +58,7 @@ def hash_path(path: Path) -> str:
     if path.is_file():
         return _hash_file(path)
     if not path.is_dir():
-        raise RunError("nothing there to hash", where=str(path))
+        raise RunError("this path does not exist", where=str(path), fix="check the path")
     files = sorted((file.relative_to(path).as_posix(), file) for file in path.rglob("*") if file.is_file())
     return _hash_json([[name, _hash_file(file)] for name, file in files])
 
@@ -156,7 +156,7 @@ def remove_dir(path: Path) -> None:
 
 
 def _clear(leftovers: Iterable[Path]) -> None:
-    """Remove what processes that are no more left behind; their id ends the name."""
+    """Remove what processes that no longer run left behind; their id ends the name."""
     for path in leftovers:
         pid = int(path.name.rpartition("-")[2])
         if pid != os.getpid() and _alive(pid):  # ours is a leftover too: in a container ids come again
@@ -639,7 +639,7 @@ class Progress:
 
 
 def console() -> Console:
-    """Where tables are printed; wide enough for them where the output is no terminal."""
+    """Where tables are printed; wide enough for them where the output is not a terminal."""
     from rich.console import Console
 
     return Console() if sys.stdout.isatty() else Console(width=TABLE_WIDTH)

@@ -55,7 +55,7 @@ def export(
         redo: Replace a checkpoint that is there.
 
     Raises:
-        RunError: something that is no checkpoint stands at `out`.
+        RunError: something other than a checkpoint stands at `out`.
     """
     from captioner.models import adapters, checkpoint, fuse, model, soft_prompt
 

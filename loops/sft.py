@@ -1,10 +1,10 @@
 """captioner sft [FILE.toml] [--gpus N]: supervised fine-tuning of the captioner.
 
-Teaches the base the style of the captions: adapters, LoRA or named parts and a soft prompt on a frozen base,
-or the whole model (``sft.tuning.type``). Writes sft/adapter (but for ``full``), sft/captioner (a stock
+Teaches the base the style of the captions. Trains adapters, LoRA or named parts and a soft prompt on a frozen
+base, or the whole model (``sft.tuning.type``). Writes sft/adapter (but for ``full``), sft/captioner (a stock
 checkpoint; of adapters for parallel ones only) and sft/metrics.jsonl. ``--gpus N`` trains in N processes, as
-torchrun and accelerate launch do: with as many batches a step as one process with N times the accumulation.
-Of ``full`` each process then holds a part (``sft.tuning.shard``).
+torchrun and accelerate launch do; a step then has N times as many batches as in one process. With ``full``
+tuning each process holds a shard of the model (``sft.tuning.shard``).
 """
 
 from __future__ import annotations

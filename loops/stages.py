@@ -36,7 +36,7 @@ MADE_BY = {
 class StagePlan:
     """One stage: its inputs, the settings that change its results, and its outputs."""
 
-    name: str  # directory in the run, such as round-1/qa; "" for a command that is no stage of a run
+    name: str  # directory in the run, such as round-1/qa; "" for a command that is not a stage of a run
     inputs: Mapping[str, Path | str]  # a Path, or a data source as the config names it
     section: Mapping[str, Any] = field(default_factory=dict)
     outputs: Sequence[Path] = ()  # beside the stage's directory

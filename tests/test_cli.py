@@ -1,7 +1,6 @@
 """The command line: help at once, plans that touch nothing, errors without a traceback."""
 
 import inspect
-import os
 import shutil
 import subprocess
 import sys
@@ -15,9 +14,9 @@ from captioner.errors import DataError, Refused
 from captioner.lab import grid as scenes
 from captioner.runs import Run
 from loops import cli, sft, stages
+from tests import snapshots
 
 REPO = Path(__file__).resolve().parent.parent
-SNAPSHOTS = REPO / "tests" / "snapshots"
 NEEDED = {  # words without which a command does not start
     "caption": ["images", "--out", "captions"],
     "data stats": ["images"],
@@ -54,15 +53,6 @@ def test_help_of_every_command_imports_nothing_heavy() -> None:
     assert answer.returncode == 0, answer.stderr[-2000:]
 
 
-def snapshot(name: str, text: str) -> None:
-    """Compare with tests/snapshots/NAME.txt; CAPTIONER_SNAPSHOTS=write makes the file anew."""
-    file = SNAPSHOTS / f"{name}.txt"
-    if os.environ.get("CAPTIONER_SNAPSHOTS") == "write":
-        file.parent.mkdir(exist_ok=True)
-        file.write_text(text)
-    assert text == file.read_text(), f"CAPTIONER_SNAPSHOTS=write pytest {__file__} rewrites {file.name}"
-
-
 def printed(words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv("COLUMNS", "100")
     assert cli.main(words) == 0
@@ -74,7 +64,7 @@ def test_help_reads_as_its_snapshot(
     name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = printed([*name.split(), "--help"], capsys, monkeypatch)
-    snapshot(f"help-{name.replace(' ', '-') or 'captioner'}", text)
+    snapshots.compare(f"help-{name.replace(' ', '-') or 'captioner'}", text)
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)

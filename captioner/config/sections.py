@@ -214,7 +214,7 @@ class ServerConfig(Section):
     timeout: float = Field(300.0, gt=0)
     """Seconds after which a request without its whole answer counts as failed and its server as stalled."""
     retries: int = Field(3, ge=0)
-    """Further tries of a request that failed or whose answer is no good."""
+    """Further tries of a request that failed or whose answer is unusable."""
     wait: float = Field(900.0, ge=0)
     """Seconds to wait while no server answers."""
 

@@ -77,7 +77,7 @@ def read(facts: str | None) -> Facts | None:
     try:
         return FactList.of(json.loads(facts))
     except ValueError as error:
-        raise DataError(f"facts are no JSON: {error}", where=facts[:80]) from error
+        raise DataError(f"facts are not JSON: {error}", where=facts[:80]) from error
 
 
 def read_file(path: Path) -> dict[str, FactList]:
@@ -92,7 +92,7 @@ def read_file(path: Path) -> dict[str, FactList]:
         try:
             row = json.loads(line) if line.strip() else None
         except ValueError as error:
-            raise DataError(f"a line is no JSON: {error}", where=where) from error
+            raise DataError(f"a line is not JSON: {error}", where=where) from error
         if row is None:
             continue
         name = row.get("file_name") if isinstance(row, dict) else None

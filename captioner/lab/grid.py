@@ -524,7 +524,7 @@ def _tally(hits: Any) -> dict[str, tuple[int, int]]:
 
 def claims(statements: Sequence[str], facts: str, rng: random.Random) -> list[dict[str, Any]]:
     """The statements of a scene's captions as they stand (``stated``) and with one word changed or a
-    relation turned (``swap``); what cannot be parsed is no claim."""
+    relation turned (``swap``); what cannot be parsed does not become a claim."""
     scene = Scene.from_json(facts)
     found: dict[str, dict[str, Any]] = {}
     stated = [(text, "stated") for text in statements]

@@ -303,7 +303,7 @@ def best_view(statement: str, plan: Sequence[View]) -> str | None:
     x, y = named.get(0, 0.5), named.get(1, 0.5)
     right, bottom = (max(view.box[side] for view in plan) for side in (2, 3))
     cell = ((x - 1 / 6) * right, (y - 1 / 6) * bottom, (x + 1 / 6) * right, (y + 1 / 6) * bottom)
-    slack = 0.02 * right  # a third is no whole number of pixels
+    slack = 0.02 * right  # a third is not a whole number of pixels
     covering = [
         (view.box[2] - view.box[0], view.tag)
         for view in plan

@@ -41,7 +41,7 @@ def plant(
     """At most ``count`` claims about an image of a laboratory, of every kind as many true as false ones.
 
     From the statements of its captions as they stand and with one word changed; its facts judge all of them,
-    and what they cannot judge is no claim.
+    and what they cannot judge does not become a claim.
     """
     return qa.draw_balanced(laboratory.claims(statements, facts, rng), count, rng)
 

@@ -133,7 +133,7 @@ class Rules:
     def checkable(self, statement: str) -> bool:
         """Whether looking can confirm it.
 
-        Where the language of the captions is known, what is no statement of it cannot: a verifier says yes
+        Where the language of the captions is known, text that it cannot produce cannot: a verifier says yes
         to nonsense of a form that it was not taught.
         """
         return visible(statement) and (self._kind_of is None or self._kind_of(statement) != "")

@@ -323,7 +323,7 @@ def _quantized(captioner: Captioner) -> bool:
 def _add_bottlenecks(captioner: Captioner, tuning: AdapterTuning, name: str) -> None:
     """The up-projections start at zero."""
     for tower, layers in captioner.layers.items():
-        width: int = getattr(tuning, f"{tower}_width")
+        width = tuning.vision_width if tower == "vision" else tuning.language_width
         if not width:
             continue
         picked = _picked(getattr(tuning, f"{tower}_layers"), len(layers), tower)

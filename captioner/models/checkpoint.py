@@ -155,14 +155,14 @@ def stored_dtype(path: Path) -> Literal["auto", "float32", "bfloat16", "float16"
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Raises CheckpointError for what is no JSON object."""
+    """Raises CheckpointError for what is not a JSON object."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(found, dict):
             raise ValueError(f"{type(found).__name__} in the place of an object")
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
-            f"{path.name} is no JSON: {error}", where=str(path), fix="copy the file again"
+            f"{path.name} is not JSON: {error}", where=str(path), fix="copy the file again"
         ) from error
     return found
 

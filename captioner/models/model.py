@@ -116,7 +116,7 @@ class SoftEmbedding(nn.Embedding):
     """An input embedding in which the ids ``first ... first + k - 1`` look up the rows of ``soft`` [k, D].
 
     ``weight`` [vocabulary, D] stays the base's own parameter (the output head may be tied to it), so the
-    soft tokens are no rows of any softmax.
+    soft tokens have no row in any softmax.
     """
 
     first: int

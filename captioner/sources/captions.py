@@ -69,7 +69,7 @@ def decode_text(data: bytes) -> str:
         if sum(character > "\x7f" for character in letters) > FOREIGN * len(letters):
             raise ValueError("neither UTF-8, UTF-16 nor Latin-1") from None
     if found := re.search(r"[\x00-\x08\x0e-\x1a\x1c-\x1f]", text):
-        raise ValueError(f"it holds control characters such as {found[0]!r}, so it is no text")
+        raise ValueError(f"it holds control characters such as {found[0]!r}, so it is not text")
     return text.removeprefix("\ufeff")
 
 
@@ -95,7 +95,7 @@ def read_table(path: Path, named: Mapping[str, str] | None = None) -> list[dict[
         raise DataError(f"cannot be read: {reason}", where=str(path), fix="save it as UTF-8") from error
     for number, row in rows:
         if not isinstance(row, dict):
-            raise DataError("a line is no JSON object", where=f"{path}, row {number}")
+            raise DataError("a line is not a JSON object", where=f"{path}, row {number}")
     columns = _columns(path, names, named or {})
     return [
         {"row": n, **{ours: row[name] for ours, name in columns.items() if row.get(name) not in (None, "")}}
@@ -188,7 +188,7 @@ def _read(path: Path) -> tuple[list[str], list[tuple[int, Any]]]:
             try:
                 rows.append((number, json.loads(line)))
             except ValueError as error:
-                raise ValueError(f"line {number} is no JSON: {error}") from error
+                raise ValueError(f"line {number} is not JSON: {error}") from error
     sample = [row for _, row in rows[:SAMPLE] if isinstance(row, dict)]
     return list(dict.fromkeys(name for row in sample for name in row)), rows
 

@@ -308,7 +308,7 @@ def no_images(path: Path) -> DataError:
 def sidecar(stem: Path, errors: str = "strict") -> str | None:
     """The caption in ``STEM.txt`` or ``STEM.caption``, None if there is neither or it is empty.
 
-    ``errors="replace"`` takes any bytes for text. Raises :class:`DataError` for a file that is no text.
+    ``errors="replace"`` takes any bytes for text. Raises :class:`DataError` for a file that is not text.
     """
     for path in (stem.with_name(stem.name + suffix) for suffix in CAPTION_SUFFIXES):
         if os.path.isfile(path):  # also false for a name too long to be one

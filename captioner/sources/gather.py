@@ -55,7 +55,7 @@ class Spec:
 
 
 def parse(source: str) -> Spec:
-    """What a source names. Raises :class:`DataError` for words behind ``?`` that are none of its settings."""
+    """What a source names. Raises :class:`DataError` for words behind ``?`` that are not its settings."""
     fix = "SOURCE?count=20000&seed=1&part=2&text=COLUMN&file=COLUMN, each if wanted"
     base, given = source, ""
     if not os.path.exists(source):

@@ -203,7 +203,7 @@ def _rows(path: Path) -> Iterator[Any]:
 
 
 def _lines(path: Path) -> Iterator[Any]:
-    """One row a line; a line that is no JSON is a bad row."""
+    """One row a line; a line that is not JSON is a bad row."""
     try:
         with path.open(encoding="utf-8") as lines:
             for line in filter(str.strip, lines):

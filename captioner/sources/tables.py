@@ -90,7 +90,7 @@ def _cell(value: Any, home: Path, remote: bool) -> bytes | Path | None:
     if value is None or isinstance(value, bytes):
         return value
     if not isinstance(value, str) or "\0" in value or not value:
-        raise ValueError(f"{value!r} is no path of a file")
+        raise ValueError(f"{value!r} is not the path of a file")
     if remote and value.startswith("hf://") and "::" not in value:
         import fsspec  # type: ignore[import-untyped]
 
