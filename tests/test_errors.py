@@ -31,7 +31,6 @@ COMMANDS = [
     "sft --run photos",
     "qa --round 0",
     "qa --run runs/none",
-    "qa",
     "golden",
     "golden --rethreshold 0.7",
     "golden --rethreshold 0.7 --redo",
@@ -47,13 +46,6 @@ COMMANDS = [
     "caption nowhere --out out --checkpoint scenes-base",
     "caption photos --out out --checkpoint nowhere",
     "caption photos --out out --checkpoint scenes-base --caption.best_of 2",
-    "export --out photos",
-    "export --out exported --multiple 0",
-    "data convert photos --out photos",
-    "data convert photos --out out --to kohya",
-    "data filter photos --out out",
-    "scenes",
-    "study golden --seeds 0",
 ]
 
 

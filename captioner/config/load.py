@@ -273,6 +273,6 @@ def _validate(tree: Any, origins: Mapping[str, str]) -> Config:
         or ", ".join(w for n, w in origins.items() if n.startswith(name + "."))
     )
     shown = "" if isinstance(value, dict) else f" = {value!r}"
-    fix = known[name].description if name in known else None
+    fix = f"its meaning: {known[name].description}" if name in known else None
     reason = first["msg"].removeprefix("Value error, ")
     raise ConfigError(f"{name}{shown}: {reason}", where=where, fix=fix or "")

@@ -14,8 +14,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from scipy.stats import binomtest
-
 from captioner.errors import DataError
 from captioner.judges.checked import ANSWERS, Answers, Checked
 from captioner.records import Claim
@@ -136,6 +134,8 @@ def interval(successes: int, trials: int) -> tuple[float, float]:
     """95 % Wilson interval of a share (Wilson 1927); (0, 1) without trials."""
     if not trials:
         return 0.0, 1.0
+    from scipy.stats import binomtest  # a second of its own, which --help would wait for
+
     found = binomtest(successes, trials).proportion_ci(method="wilson")
     return float(found.low), float(found.high)
 

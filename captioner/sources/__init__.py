@@ -15,8 +15,8 @@ from captioner.sources import gather, questions
 def resolve(source: str, run: Run | None = None, *, cache: Path | None = None) -> Path:
     """The image folder, or question file, that ``source`` names: see docs/formats.md for all it may be.
 
-    A source that is not an image folder is laid out as one, once, in ``data/`` of the run, or in ``cache`` if
-    there is no run; so are images of a laboratory, drawn with the run's seed. A killed command leaves nothing.
+    A source that is not an image folder is laid out as one, once, in ``data/`` of the run (``cache`` if there
+    is no run); so are images of a laboratory, drawn with the run's seed. A killed command leaves nothing.
     Raises :class:`DataError` for sources that do not exist; a folder's contents are for its reader.
     """
     folder = locate(source, run, cache=cache)
