@@ -65,10 +65,15 @@ COMMANDS: dict[str, Command] = {
     "serve": Command(
         "loops.serve:serve", "Start a vLLM server with the right flags for a captioner", _ENGINE
     ),
-    "data stats": Command("loops.data:stats", "Print the numbers of a data set"),
-    "data convert": Command("loops.data:convert", "Write captions in another format"),
-    "data filter": Command("loops.data:filter", "Drop captions that were cut off or repeat across images"),
-    "data reformulate": Command("loops.data:reformulate", "Turn prose captions into shorthand", ("tool",)),
+    "data stats": Command("loops.data.stats:stats", "Print the numbers of a data set"),
+    "data convert": Command("loops.data.convert:convert", "Write captions in another format"),
+    "data filter": Command(
+        "loops.data.curate:filter", "Drop captions that were cut off or repeat across images"
+    ),
+    "data reformulate": Command(
+        "loops.data.make:reformulate", "Turn prose captions into shorthand", ("tool",)
+    ),
+    "data questions": Command("loops.data.make:questions", "Make a balanced yes/no set from captions"),
     "scenes": Command("loops.scenes:scenes", "Draw procedural scenes as an image folder"),
     "study": Command("loops.study:study", "Measure a claim of the method on scenes, over several seeds"),
     "demo": Command(

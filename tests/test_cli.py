@@ -25,6 +25,7 @@ NEEDED = {  # words without which a command does not start
     "data convert": ["images", "--out", "o"],
     "data filter": ["images", "--out", "o"],
     "data reformulate": ["images", "--out", "o"],
+    "data questions": ["images", "--out", "o"],
     "export": ["--out", "exported"],
     "scenes": ["--out", "drawn"],
     "serve": ["scenes-base"],

@@ -35,6 +35,7 @@ DOORS = {
     },  # fit: the type that TRL takes
     "vllm": {"captioner.engines"},
     "ray": {"captioner.engines"},
+    "sklearn": {"captioner.method.asking"},
 }
 SERVING = (
     "captioner.views",
@@ -47,7 +48,7 @@ SERVING = (
 )
 MAY_IMPORT_LOOPS = {"loops.iterate", "loops.demo"}  # and the studies, which run whole loops
 # word lists for any photograph, in which a square is a square
-ENGLISH = {f"captioner.method.{name}" for name in ("kinds", "tool", "words")}
+ENGLISH = {f"captioner.method.{name}" for name in ("asking", "kinds", "shorthand", "tool", "words")}
 LONGEST = 100  # lines of a function
 
 
@@ -82,7 +83,7 @@ def imports(name: str) -> Iterator[str]:
 
 LOOPS = {  # the modules of commands
     name for name in FILES if name.startswith("loops.") and "studies" not in name
-} - {"loops.cli", "loops.stages"}
+} - {"loops.cli", "loops.data", "loops.data.edge", "loops.stages"}
 IMPORTS = {name: set(imports(name)) for name in FILES}
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import re
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +15,7 @@ from captioner.method.tool import Tool
 from captioner.records import Failed
 from captioner.runs import Shards, atomic_dir
 from captioner.sources.captions import read_text
-from captioner.sources.folder import read_folder
+from captioner.sources.folder import json_line, link_image, read_folder
 from captioner.statements import split_statements, visible
 
 
@@ -43,11 +41,8 @@ def reformulate(source: Path, out: Path, tool: Tool) -> tuple[int, list[Failed]]
                 if isinstance(text, NoAnswer):
                     failed.append(Failed(sample="", key=row.key, reason=text.reason))
                     continue
-                name = row.path.relative_to(source)
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(row.path, folder / name)
-                about = {"file_name": name.as_posix(), "text": text, "prose": row.caption}
-                file.write(json.dumps(about, ensure_ascii=False) + "\n")
+                name = link_image(row, source, folder)
+                file.write(json_line({"file_name": name, "text": text, "prose": row.caption}))
                 count += 1
         Shards(folder / "failed", Failed).write(0, failed)
     return count, failed

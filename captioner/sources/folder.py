@@ -12,6 +12,7 @@ import errno
 import json
 import os
 import re
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -183,6 +184,20 @@ def json_line(values: dict[str, Any]) -> str:
     for character in "\x85\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text + "\n"
+
+
+def link_image(row: ImageRow, folder: Path, out: Path) -> str:
+    """Put the image of a row of ``folder`` below ``out``, and return its path there.
+
+    It is a second name of the same file where the file system allows that, else a copy.
+    """
+    name = row.path.relative_to(folder)
+    (out / name).parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(os.path.realpath(row.path), out / name)
+    except OSError:  # another file system
+        shutil.copyfile(row.path, out / name)
+    return name.as_posix()
 
 
 def write_sidecars(rows: Iterable[CaptionRow], folder: Path) -> int:
