@@ -65,11 +65,12 @@ COMMANDS: dict[str, Command] = {
     "serve": Command(
         "loops.serve:serve", "Start a vLLM server with the right flags for a captioner", _ENGINE
     ),
+    "data prepare": Command("loops.data.photographs:prepare", "Copy photographs, with a table to fill in"),
+    "data check": Command("loops.data.photographs:check", "Name what a set of captions lacks"),
+    "data boxes": Command("loops.data.photographs:boxes", "Make questions and facts of COCO's boxes"),
     "data stats": Command("loops.data.stats:stats", "Print the numbers of a data set"),
     "data convert": Command("loops.data.convert:convert", "Write captions in another format"),
-    "data filter": Command(
-        "loops.data.curate:filter", "Drop captions that were cut off or repeat across images"
-    ),
+    "data filter": Command("loops.data.curate:filter", "Drop images and captions by rules"),
     "data reformulate": Command(
         "loops.data.make:reformulate", "Turn prose captions into shorthand", ("tool",)
     ),

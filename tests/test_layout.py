@@ -35,6 +35,7 @@ DOORS = {
     },  # fit: the type that TRL takes
     "vllm": {"captioner.engines"},
     "ray": {"captioner.engines"},
+    "imagehash": {"captioner.sources.screen"},
     "sklearn": {"captioner.method.asking"},
 }
 SERVING = (

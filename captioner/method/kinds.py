@@ -197,11 +197,17 @@ def _singular(word: str) -> str:
     return word[:-1] if word.endswith("s") and not word.endswith("ss") else word
 
 
-def _plural(word: str) -> str:
+def plural(word: str) -> str:
+    """The plural of a noun, of which the last word counts."""
+    first, space, word = word.rpartition(" ")
+    if space:
+        return f"{first} {plural(word)}"
     if word in _SAME or word in _IRREGULAR:
         return word
     if word in _PLURAL:
         return _PLURAL[word]
+    if re.search(r"[^aeiou]y$", word):
+        return f"{word[:-1]}ies"
     return word + ("es" if re.search(r"(?:s|sh|ch|x|to)$", word) else "s")
 
 
@@ -210,7 +216,7 @@ def _known(kind: str) -> re.Pattern[str]:
     """The words of a kind, of things the plurals too."""
     known = set(_FIRST[kind])
     if kind == "object":
-        known |= {_plural(word) for word in known}
+        known |= {plural(word) for word in known}
     listed = sorted(map(re.escape, known), key=len, reverse=True)
     return re.compile(rf"(?<![\w-])(?:{'|'.join(listed)})(?![\w-])", re.IGNORECASE)
 
@@ -226,7 +232,7 @@ def _word_swaps(statement: str, kind: str) -> Iterator[str]:
             for own in (group for group in family if one in group):
                 for group in family:
                     if group is not own and not {f"{own[0]}-{group[0]}", f"{group[0]}-{own[0]}"} & _TOO_NEAR:
-                        other = _plural(group[0]) if one != said else group[0]
+                        other = plural(group[0]) if one != said else group[0]
                         yield _put(statement, match.start(), match.end(), other)
 
 

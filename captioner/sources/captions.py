@@ -115,7 +115,8 @@ def is_caption_table(path: Path, named: Mapping[str, str] | None = None) -> str 
         else:
             row = json.loads(next(filter(str.strip, _head(path).split("\n")), ""))
             names = list(row) if isinstance(row, dict) else []
-        _columns(path, names, named or {})
+        if not _columns(path, names, named or {}).keys() & {"text", "prose", "questions"}:
+            return "it holds facts, no captions"
     except NoCaptionTable as error:
         return error.what
     except Exception as error:  # the boundary: any file may lie in a folder
