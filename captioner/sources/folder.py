@@ -44,7 +44,7 @@ IMAGE_SUFFIXES = frozenset(
 )
 # Images that Pillow reads with a package more, or not at all: they are rows all the same, with this reason.
 EXTRA_SUFFIXES = {
-    **dict.fromkeys((".heic", ".heif", ".hif"), "HEIC: pip install 'captioner[heif]', or save it as JPEG"),
+    **dict.fromkeys((".heic", ".heif", ".hif"), ""),  # the decoder says what is missing
     ".jxl": "JPEG XL: save it as PNG or JPEG",
     **dict.fromkeys(
         (".cr2", ".cr3", ".nef", ".arw", ".dng", ".raf", ".orf", ".rw2", ".pef", ".srw"),
@@ -134,7 +134,7 @@ def load_row(row: ImageRow) -> tuple[Image.Image, str]:
     try:
         return load_image(row.path)
     except BadImage as error:
-        raise BadImage(EXTRA_SUFFIXES.get(row.path.suffix.lower(), error.reason)) from error
+        raise BadImage(EXTRA_SUFFIXES.get(row.path.suffix.lower()) or error.reason) from error
 
 
 def read_captions(path: Path) -> Iterator[CaptionRow]:
