@@ -17,7 +17,6 @@ from typing import Any
 
 from captioner.config import Config
 from captioner.errors import ConfigError, Refused, RunError
-from captioner.judges import asking
 from captioner.judges.gate import Decision, decide
 from captioner.runs import Run, RunDir, atomic_write_json
 from loops import dpo, evaluate, golden, qa
@@ -29,7 +28,12 @@ STEPS: tuple[Callable[..., object], ...] = (qa.qa, golden.golden, dpo.dpo)
 def plan(run: Run, round: int, rounds: str | None = None) -> list[StagePlan]:
     """What the stages of the (first) round read, are made with and write."""
     number = _numbers(rounds)[0] if rounds else round
-    return [*qa.plan(run, number), *golden.plan(run, number), *dpo.plan(run, number)]
+    return [
+        *qa.plan(run, number),
+        *golden.plan(run, number),
+        *dpo.plan(run, number),
+        *qa.plan_judge(run),
+    ]
 
 
 def iterate(
@@ -99,7 +103,7 @@ def run_round(
 
 def gate(run: Run, number: int, *, accept_unjudged: bool = False) -> None:
     """Compare the captioner of a round with its start; write gate.json. Raises Refused if it may not stay."""
-    if asking.trained(run.config) and not accept_unjudged:
+    if not accept_unjudged:
         qa.judge(run)
     summary, _, [step] = evaluate.evaluate_round(run, number)
     decision = decide(step, run.config.gate, accept_unjudged=accept_unjudged)

@@ -70,16 +70,23 @@ def qa(run: RunDir, config: Config, round: int = 1, *, redo: bool = False, gpus:
     return stage.dir
 
 
+def plan_judge(run: Run) -> list[StagePlan]:
+    """The same of the verifier that judges at the gates, where the run trains one."""
+    config = run.config
+    inputs: dict[str, Path | str] = {
+        "captioner": checkpoint_path(config.model.path),
+        "data": config.qa.data,
+    }
+    return [StagePlan(asking.HOME, inputs, _section(config))] if asking.trained(config) else []
+
+
 def judge(run: Run) -> None:
     """Train the verifier that judges at the gates of this run, once: from the base, on the half of the QA
-    images that no round's verifier sees."""
-    inputs: dict[str, Path | str] = {
-        "captioner": checkpoint_path(run.config.model.path),
-        "data": run.config.qa.data,
-    }
-    stage = begin(run, StagePlan(asking.HOME, inputs, _section(run.config)))
-    if not stage.done:
-        _make(run.config, stage, "the judge")
+    images that no round's verifier sees. Nothing where something else tells."""
+    for planned in plan_judge(run):
+        stage = begin(run, planned)
+        if not stage.done:
+            _make(run.config, stage, "the judge")
 
 
 def _make(config: Config, stage: Stage, what: str) -> None:
