@@ -29,7 +29,7 @@ from captioner.fit import distributed, losses
 from captioner.models.model import Captioner
 from captioner.models.render import Renderer, TrainRow, collate
 from captioner.runs import atomic_write_json, is_main
-from captioner.statements import comparable_statements
+from captioner.statements import comparable_statements, repeats
 from captioner.views import load_image
 
 TOP = 32  # tokens of a position that the divergence from the origin is taken over; the rest is one outcome
@@ -86,7 +86,7 @@ def written(
     requests = (CaptionRequest(str(path), path, "") for path in paths)
     made = [candidate for [candidate] in engine.sample(requests, 1, greedy)]
     statements = [comparable_statements(each.text) for each in made]
-    repeated = [1 - len(set(said)) / len(said) for said in statements if said]
+    repeated = [repeats(said) / len(said) for said in statements if said]
     return {
         "ended": fmean(each.finish_reason == "stop" for each in made),
         "repeated": fmean(repeated) if repeated else 0.0,

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from captioner.errors import DataError
 from captioner.laboratory import Facts
-from captioner.statements import comparable_statements
+from captioner.statements import comparable_statements, repeats
 
 Array = NDArray[np.float64]
 
@@ -102,7 +102,7 @@ def count(
     """
     said = comparable_statements(caption)
     row = dict.fromkeys(COLUMNS, 0.0)
-    row |= {"captions": 1, "statements": len(said), "repeated": len(said) - len(set(said))}
+    row |= {"captions": 1, "statements": len(said), "repeated": repeats(said)}
     row |= {"ended": int(finish_reason == "stop"), "tokens": tokens}
     if known is None:
         return Counts(key, False, tuple(row.values()))

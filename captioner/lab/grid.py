@@ -24,6 +24,7 @@ from PIL import Image, ImageDraw
 
 from captioner.errors import DataError
 from captioner.laboratory import Judgement, Laboratory
+from captioner.statements import split_statements
 
 SIZE_PX = 128
 CELL_PX = 40
@@ -468,7 +469,7 @@ def execute(statement: str, scene: Scene) -> bool | None:
 
 def parse(caption: str) -> list[str | None]:
     """Canonical statements of a shorthand caption in order, None for each that cannot be parsed."""
-    return [normalise(part) for part in re.split(r"[,;\n]", caption) if part.strip()]
+    return [normalise(part) for part in split_statements(caption)]
 
 
 def parse_prose(caption: str) -> list[str | None]:
