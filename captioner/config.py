@@ -272,14 +272,16 @@ class GoldenConfig(Section):
     """How an undecided claim is asked again: on the view that covers it best, in a second wording.
     None = in the ways that proved right on the verifier's held-out questions."""
     planted: str | None = None
-    """File of claims with human-checked answers that the verifier is measured on; None = the scenes' facts
-    if there are any, else the held-out questions of its training."""
+    """File of claims with human-checked answers that the verifier is measured on; None = facts of the images
+    if there are any, else their captions and those of the held-out images of qa.data, and questions."""
     planted_images: int = Field(64, ge=1)
-    """Images whose captions give the planted claims, where facts judge them."""
+    """Images whose captions, facts or questions give the planted claims."""
     min_accuracy: float = Field(0.65, ge=0, le=1)
     """Verifier accuracy on planted claims below which the round is refused."""
-    min_kind_accuracy: float = Field(0.7, ge=0, le=1)
-    """Accuracy on planted claims of a kind below which claims of that kind abstain."""
+    min_kind_accuracy: float = Field(0.9, ge=0, le=1)
+    """Accuracy on planted claims of a kind below which no claim of that kind is kept."""
+    min_drop_accuracy: float = Field(0.7, ge=0, le=1)
+    """Accuracy on planted claims of a kind below which none is refuted either: all of that kind abstain."""
     abstain: Literal["majority", "leave_out", "keep"] = "leave_out"
     """An abstained claim stays if most samples state it, is left out, or stays."""
     max_questions: int = Field(120, ge=1)
@@ -445,7 +447,7 @@ class TripwireConfig(Section):
     cut: float = Field(0.2, ge=0, le=1)
     """Captions cut by the token limit."""
     repeated: float = Field(0.02, ge=0, le=1)
-    """Captions in which more than half of the sequences of four words occurred before."""
+    """Captions in which more than half of the statements were said before or go round in a circle."""
     failed: float = Field(0.2, ge=0, le=1)
     """Rows without a caption."""
     drift: float = Field(0.5, ge=0)
@@ -461,7 +463,9 @@ class CaptionConfig(Section):
     best_of: int = Field(1, ge=1)
     """Captions sampled per image; the one with the most confirmed statements stays. Needs --verify."""
     drop: float = Field(0.4, gt=0, lt=1)
-    """P(yes) below which --drop-refuted leaves a statement out."""
+    """P(yes) below which --drop-refuted leaves a statement out, where the captioner itself is asked."""
+    verifier: str | None = None
+    """Run whose verifier --verify asks; None = the run at hand, or the captioner itself where it has none."""
     prepare_processes: int | None = Field(None, ge=0)
     """Processes per worker that decode images and cut views; 0 = the worker itself, None = all other cores.
     On Ray 0 = the worker itself, else tasks of the cluster."""

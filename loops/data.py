@@ -29,6 +29,7 @@ from captioner.sources.folder import (
     write_sidecar,
 )
 from captioner.sources.source import Item, open_source, read_shard
+from captioner.statements import split_statements
 from captioner.views import BadImage, load_image
 from loops.stages import StagePlan
 
@@ -93,7 +94,7 @@ def reformulate(run: RunDir, config: Config, source: str, *, out: Path) -> Path:
         Refused: more than `max_failed` of the captions failed.
     """
     from captioner.method import reformulate as method
-    from captioner.method.tool import make_tool
+    from captioner.method.llm import make_tool
 
     _check_free(out)
     home = run.path if isinstance(run, Run) else Path(run)
@@ -329,7 +330,7 @@ def _images(spec: str) -> Iterator[str]:
 def _caption_lines(captions: list[str]) -> Iterator[str]:
     yield f"captions   {len(captions):,}, {len(set(captions)):,} different"
     yield _spread("words", [len(caption.split()) for caption in captions])
-    yield _spread("statements", [len([s for s in caption.split(",") if s.strip()]) for caption in captions])
+    yield _spread("statements", [len(split_statements(caption)) for caption in captions])
 
 
 def _spread(name: str, values: list[int]) -> str:

@@ -17,6 +17,7 @@ from captioner import views
 from captioner.config import Config, ViewsConfig
 from captioner.errors import RunError
 from captioner.judges import facts
+from captioner.method import verdicts
 from captioner.records import Candidate, CaptionRow, Claim, Golden, Planted, Record, Unasked
 from captioner.report import report as html
 from captioner.report.report import ClaimShown, Curve, ImageShown, Report, RoundShown, Truth
@@ -87,7 +88,7 @@ def collect(run: Run, images: int = IMAGES) -> Report:
 
 def _round(home: Path) -> RoundShown:
     flow: dict[str, Counter[str]] = defaultdict(Counter)
-    for claim in _rows(home / "claims", Claim):
+    for claim in verdicts.read(home):
         flow[claim.kind][claim.verdict] += 1
     unasked = len(_rows(home / "claims" / "unasked", Unasked))
     if unasked:
@@ -120,7 +121,7 @@ def _of_round(run: Run, home: Path, limit: int) -> list[ImageShown]:
     folder = input_of(home / "candidates", "images")
     if folder is None or not folder.is_dir():
         return []
-    samples, claims = _by_key(_rows(home / "candidates", Candidate)), _by_key(_rows(home / "claims", Claim))
+    samples, claims = _by_key(_rows(home / "candidates", Candidate)), _by_key(verdicts.read(home))
     golden = {row.key: row.text for row in _rows(home / "golden", Golden)}
     examples = (_json(home / "evaluation.json") or {}).get("examples", [])
     names = ("before", "after")[: len(examples)]

@@ -22,6 +22,7 @@ MADE_BY = {
     "candidates": "golden",
     "planted": "golden",
     "claims": "golden",
+    "verdicts": "golden",
     "golden": "golden",
     "pairs": "golden",
     "dpo": "dpo",

@@ -124,7 +124,7 @@ def test_temperature_is_that_of_least_likelihood_loss(temperature: float) -> Non
     answers = drawn_answers(temperature, 4000)
     fitted = qa.fit_temperature(answers)
     assert fitted == pytest.approx(temperature, rel=0.1)
-    logits = torch.tensor([qa._logit(a.p_yes) for a in answers], dtype=torch.float64)
+    logits = torch.from_numpy(qa.log_odds([a.p_yes for a in answers]))
     labels = torch.tensor([float(a.expected == "yes") for a in answers], dtype=torch.float64)
 
     def loss(t: float) -> float:

@@ -52,6 +52,7 @@ class Target:
 
     text: str | None
     answer: str
+    silent: tuple[tuple[int, int], ...] = ()  # characters of the answer that are read and not learned
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ class Collator:
         whole_only = not self._multi_view(positions[0] // self.batch_size)
         picked = [self.order(position) for position in positions]
         rows = [
-            TrainRow(patches, grid, whole_only, [self.branch(t.text, t.answer) for t in targets])
+            TrainRow(patches, grid, whole_only, [self.branch(t.text, t.answer, t.silent) for t in targets])
             for (patches, grid), targets in zip(
                 self._patches(picked, whole_only), map(self._targets, picked, positions), strict=True
             )

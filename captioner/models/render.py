@@ -240,17 +240,27 @@ class Renderer:
         """Ids of everything up to and including the last image."""
         return self.prefix(grid_thw, self.tags(whole_only)).ids
 
-    def branch_ids(self, text: str | None, answer: str | None = None) -> tuple[list[int], list[bool]]:
+    def branch_ids(
+        self, text: str | None, answer: str | None = None, silent: tuple[tuple[int, int], ...] = ()
+    ) -> tuple[list[int], list[bool]]:
         """Ids behind the images and their loss mask: true on the tokens of the answer and its end token.
 
         ``text`` None is the caption prompt: the learned soft prompt if the captioner has one, else
-        ``prompts/caption.md``. ``answer`` None leaves the turn of the assistant open, for sampling.
+        ``prompts/caption.md``. ``answer`` None leaves the turn of the assistant open, for sampling. Tokens of
+        the answer's characters ``silent``, as (start, stop), are read and not learned.
         """
         ids = (self.caption_prompt() if text is None else self.text_ids(text)) + self._turn
         mask = [False] * len(ids)
         if answer is not None:
             said = [*self.text_ids(answer), self.end_id]
-            ids, mask = ids + said, mask + [True] * len(said)
+            learned = [True] * len(said)
+            if silent and answer:
+                encoded = self.captioner.tokenizer(
+                    answer, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
+                )
+                for token, (start, stop) in enumerate(encoded["offset_mapping"]):
+                    learned[token] = not any(start < end and begin < stop for begin, end in silent)
+            ids, mask = ids + said, mask + learned
         return ids, mask
 
     def caption_prompt(self) -> list[int]:

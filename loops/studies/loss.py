@@ -80,7 +80,7 @@ def measure(config: Config, work: Path) -> Iterator[tuple[str, dict[str, float]]
     assert images is not None
     paths = {row.key: row.path for row in read_folder(images, captions=False)}
     pairs, _ = dpo.linted(run, Shards(home / "pairs", Pair).read_all(), start)
-    verdicts = dpo.verdicts(home / "claims")
+    verdicts = dpo.verdicts_of(home)
     captions = Shards(home / "golden", Golden).read_all()
     starts = {START: start}
     bases = {START: scores(run, START, start)}

@@ -14,6 +14,7 @@ import torch
 from captioner.config import Config
 from captioner.errors import Refused
 from captioner.lab import grid as scenes
+from captioner.method import rounds
 from captioner.models import model
 from captioner.runs import Run
 from loops import golden as loop
@@ -110,12 +111,12 @@ def test_a_server_that_dies_twice_costs_no_row(checkpoint: Path, server: Server,
     loop.golden(storm / "run", config, 1)
     thread.join()
     assert deaths == [("candidates", False), ("claims", False)]
-    for name in loop.STAGES:
+    for name in rounds.STAGES:
         (rows, numbers), (expected, near) = told(storm, name), told(calm, name)
         assert rows == expected and rows
         assert numbers == pytest.approx(near, abs=1e-4)
     assert len({row.text for row in rows_of(calm, "candidates")}) == 4 * IMAGES
-    for name in loop.STAGES[:3]:
+    for name in rounds.STAGES[:-1]:
         assert failures_of(storm, name) == failures_of(calm, name)
     answered = {row.key for row in rows_of(calm, "claims")}
     failed = {row.key for row in failures_of(calm, "claims") if row.reason.startswith("tool: ")}

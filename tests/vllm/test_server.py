@@ -24,7 +24,8 @@ from captioner.engines.server import ServerEngine
 from captioner.engines.text import TextEngine
 from captioner.errors import EngineError
 from captioner.lab import grid as scenes
-from captioner.method.tool import LLM, ToolFailed
+from captioner.method.llm import LLM
+from captioner.method.tool import ToolFailed
 from captioner.models import fuse, model, render
 from captioner.sources.folder import read_captions
 from loops.cli import main
