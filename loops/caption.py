@@ -23,6 +23,7 @@ from filelock import FileLock
 from captioner import laboratory, prompts
 from captioner.config import Config
 from captioner.errors import CheckpointError, ConfigError, Ended, Refused
+from captioner.method.verifier import Verifier, settings_of
 from captioner.pipeline import output
 from captioner.pipeline.coordinator import Coordinator, Pool
 from captioner.pipeline.leases import Leases
@@ -221,10 +222,18 @@ def _checkpoint(config: Config, args: Job) -> Path:
 
 def _settings(config: Config, args: Job, checkpoint: Path, job: dict[str, Any]) -> Settings:
     verify = args.verify or args.drop_refuted
-    refute = args.drop_refuted
-    return Settings(
-        config, checkpoint, job["checkpoint"], job["config"], verify, refute, out=args.out.absolute()
-    )
+    refute, asked = args.drop_refuted, _verifier(config, args) if verify else None
+    made = job["checkpoint"], job["config"]
+    return Settings(config, checkpoint, *made, verify, refute, out=args.out.absolute(), verifier=asked)
+
+
+def _verifier(config: Config, args: Job) -> Path | None:
+    """The run whose verifier is asked. Raises RunError where the one that is named has none."""
+    if config.caption.verifier:
+        Verifier.load(Path(config.caption.verifier))
+        return Path(config.caption.verifier).absolute()
+    run = args.run.path if isinstance(args.run, Run) else Path(args.run)
+    return run.absolute() if settings_of(run).is_file() else None
 
 
 def _job(config: Config, args: Job, shards: list[ShardRef], checkpoint: Path) -> dict[str, Any]:
@@ -240,6 +249,9 @@ def _job(config: Config, args: Job, shards: list[ShardRef], checkpoint: Path) ->
         "verify": args.verify or args.drop_refuted,
         "drop": config.caption.drop if args.drop_refuted else None,
     }
+    asked = _verifier(config, args) if settings["verify"] else None
+    if asked:
+        settings["verifier"] = hash_path(settings_of(asked))
     files = _stamps(checkpoint)
     before = output.stored_job(args.out)
     # hashing a large checkpoint takes minutes: its hash is kept with the files' sizes and times
@@ -380,7 +392,8 @@ def _estimate(config: Config, args: Job) -> None:
     checkpoint = _checkpoint(config, args)
     shards = _Source(config, args).shards()
     verify = args.verify or args.drop_refuted
-    settings = Settings(config, checkpoint, "", "", verify, args.drop_refuted)
+    asked = _verifier(config, args) if verify else None
+    settings = Settings(config, checkpoint, "", "", verify, args.drop_refuted, verifier=asked)
     engine = make_engine(checkpoint, config)
     try:
         found = estimate(settings, engine, shards, args.estimate)

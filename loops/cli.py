@@ -54,6 +54,9 @@ COMMANDS: dict[str, Command] = {
     "caption": Command(
         "loops.caption:caption", "Caption a data set of any size; resumable", (*_ENGINE, "caption")
     ),
+    "verify": Command(
+        "loops.verify:verify", "Check captions that somebody else wrote, claim by claim", (*_ENGINE, "golden")
+    ),
     "evaluate": Command(
         "loops.evaluate:evaluate",
         "Score captioners on held-out images, with confidence intervals",

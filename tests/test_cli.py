@@ -29,6 +29,7 @@ NEEDED = {  # words without which a command does not start
     "scenes": ["--out", "drawn"],
     "serve": ["scenes-base"],
     "study": ["all"],
+    "verify": ["images", "--out", "checked"],
 }
 HEAVY = ("torch", "transformers", "adapters", "trl", "peft", "datasets", "vllm", "ray")
 
@@ -140,6 +141,8 @@ def ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for folder in ("runs/default/sft/captioner", "runs/default/round-1/qa/captioner", "images"):
         (tmp_path / folder).mkdir()
     (tmp_path / "runs/default/round-1/qa/calibration.json").write_text("{}")
+    (tmp_path / "runs/default/verifier").mkdir()
+    (tmp_path / "runs/default/verifier/verifier.json").write_text("{}")
     return tmp_path
 
 
