@@ -186,8 +186,8 @@ def test_dry_run_of_a_round_counts_what_its_earlier_stages_make(
     assert cli.main(["iterate", "--rounds", "1-2", "--dry-run"]) == 0
     shown = capsys.readouterr().out
     names = [line for line in shown.splitlines() if line.startswith("stage ")]
-    assert names == [f"stage round-1/{name}:" for name in
-                     ("qa", "candidates", "planted", "claims", "golden", "pairs", "dpo")]  # fmt: skip
+    made = ("qa", "candidates", "planted", "claims", "verdicts", "golden", "pairs", "dpo")
+    assert names == [f"stage round-1/{name}:" for name in made]
     assert "MISSING" not in shown
 
 

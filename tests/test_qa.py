@@ -291,7 +291,7 @@ def test_the_judge_learns_from_the_base_and_from_other_images(tmp_path: Path) ->
     loop.judge(run)  # once per run
     assert (run.path / "judge" / "stage.json").stat().st_mtime_ns == stamp
 
-    rows, _ = loop.read_rows(tmp_path / "run" / "data" / "qa-8-0", config, 0)
+    rows, _ = qa.read_rows(tmp_path / "run" / "data" / "qa-8-0", config.max_failed, 0)
     taught, judging = (loop.share_of(config, rows, judge=side) for side in (False, True))
     assert {row.key for row in taught} | {row.key for row in judging} == {row.key for row in rows}
     assert not {row.key for row in taught} & {row.key for row in judging}
