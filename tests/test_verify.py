@@ -82,7 +82,16 @@ Check = Callable[..., int]
 @pytest.fixture
 def check(tmp_path: Path, run: Path, server: Vllm) -> Check:
     def checked(*words: str) -> int:
-        engine = ["--engine.type", "server", "--engine.urls", server.url, "--engine.retries", "0"]
+        engine = [
+            "--engine.type",
+            "server",
+            "--engine.urls",
+            server.url,
+            "--engine.retries",
+            "3",
+            "--engine.in_flight",
+            "1",
+        ]
         place = ["--run", str(run), "--out", str(tmp_path / "out")]
         return cli.main(["verify", str(tmp_path / "set"), *place, *engine, "--model.device", "cpu", *words])
 
@@ -182,7 +191,16 @@ def test_bulk_captions_are_checked_by_the_verifier_of_the_run(tmp_path: Path, ru
     verifier = run / "round-1" / "qa" / "captioner"
     server = Vllm({"captioner": captioner, "verifier": verifier}, images, lambda name, key: prose(key), p_yes)
     try:
-        engine = ["--engine.type", "server", "--engine.urls", server.url, "--engine.retries", "0"]
+        engine = [
+            "--engine.type",
+            "server",
+            "--engine.urls",
+            server.url,
+            "--engine.retries",
+            "3",
+            "--engine.in_flight",
+            "1",
+        ]
         words = ["caption", str(tmp_path / "set"), "--run", str(run), "--checkpoint", str(captioner), *engine]
         more = ["--caption.reduced_decode", "false", "--caption.sampling.max_tokens", "400"]
         assert cli.main([*words, "--out", str(tmp_path / "out"), "--drop-refuted", *more]) == 0
