@@ -1,0 +1,1 @@
+"""How the shipped base was made: sprites, architecture, encoder, language model, acceptance."""

@@ -1,0 +1,134 @@
+"""python -m captioner.lab.base.make --out data/lab/base: make the shipped base, one stage after the other.
+
+Every stage is kept under ``--work`` and skipped where it is there already; it prints its CPU time. Needs
+numbers in bfloat16 to be fast (AVX512-BF16): data/lab/README.md says how long it took.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_model, save_model
+
+from captioner import model
+from captioner.config import ViewsConfig
+from captioner.lab.base import architecture, dense, language, own
+from captioner.lab.base.pool import draw_pool
+from captioner.render import Renderer
+from captioner.runs import atomic_dir
+
+SEED = 0
+TEST_SEED = 1  # of the scenes that progress is measured on; acceptance has its own
+SCENES = {"dense": 6000, "pretrain": 2500, "train": 1200, "qa": 500, "test": 40}
+ALL = {"object": 1.0, "size": 1.0, "sticker": 1.0, "count": 0.6, "relation": 1.0, "background": 0.2}
+SEEN = {kind: weight for kind, weight in ALL.items() if kind != "sticker"}  # in a whole view
+OPEN = {kind: weight for kind, weight in SEEN.items() if kind != "relation"}
+STICKERS = {**ALL, "sticker": 5.0}
+MIXED = {**ALL, "sticker": 2.0}
+STAGES = (
+    language.Stage("open", 400, {**OPEN, "object": 3.0}, yes_no=0.0),
+    language.Stage("yes", 900, SEEN),
+    language.Stage("views", 900, STICKERS, learning_rate=1.2e-3, six=0.7, no_whole=0.3, images=5, questions=24),
+    language.Stage(
+        "captions", 500, MIXED, six=0.8, captions=0.5, captions_six=0.2, images=6, questions=20, decay_from=0.7
+    ),
+    language.Stage(
+        "own", 500, MIXED, six=1.0, captions=0.5, captions_six=0.2, own=0.6, images=6, questions=20, decay_from=0.3
+    ),
+)
+
+
+@dataclass
+class Lessons:
+    """The pools with their features, drawn when a stage first needs them."""
+
+    captioner: model.Captioner
+    renderer: Renderer
+
+    def _encoded(self, split: str, count: int, seed: int = SEED) -> language.Lesson:
+        pool = draw_pool(self.renderer, split, count, seed=seed)
+        return language.lesson(self.captioner, self.renderer, pool)
+
+    @cached_property
+    def asked(self) -> language.Lesson:
+        return self._encoded("pretrain", SCENES["pretrain"])
+
+    @cached_property
+    def captioned(self) -> language.Lesson:
+        return self._encoded("train", SCENES["train"])
+
+    @cached_property
+    def test(self) -> language.Lesson:
+        return self._encoded("qa", SCENES["test"], TEST_SEED)
+
+    def own(self) -> language.Lesson:
+        """Scenes of the split ``qa`` with what the captioner, as it is now, says about them."""
+        found = self._encoded("qa", SCENES["qa"])
+        said: list[list[str]] = [[] for _ in found.pool.scenes]
+        for views, n in ((own.WHOLE, 3), (own.SIX, 2)):
+            samples = own.captions(self.captioner, "qa", found.pool.indices, SEED, n, 1.0, views)
+            for texts, row in zip(said, samples, strict=True):
+                texts += [candidate.text for candidate in row]
+        found.claims = [
+            own.claims(scene, texts) for scene, texts in zip(found.pool.scenes, said, strict=True)
+        ]
+        return found
+
+
+def train_encoder(captioner: model.Captioner, renderer: Renderer) -> None:
+    """The stage before language: see :mod:`dense`."""
+
+    pool = draw_pool(renderer, "pretrain", SCENES["dense"], seed=SEED, labels=True)
+    test = draw_pool(renderer, "pretrain", SCENES["test"], seed=TEST_SEED, labels=True)
+    dense.train(captioner, renderer, pool, test, dense.DenseConfig(), SEED)
+    language.prepare(captioner, SEED)
+
+
+def make(work: Path) -> model.Captioner:
+    """Run what is missing of all stages; returns the finished captioner."""
+    start = work / "architecture"
+    if not start.is_dir():
+        with atomic_dir(start) as folder:
+            architecture.write(folder, SEED)
+    captioner = model.load(start)
+    renderer = Renderer(captioner, ViewsConfig())
+    lessons = Lessons(captioner, renderer)
+    for number, name in enumerate(["dense", *(stage.name for stage in STAGES)]):
+        path = work / f"{number}-{name}.safetensors"
+        if not path.is_file():
+            began = time.process_time()
+            if name == "dense":
+                train_encoder(captioner, renderer)
+            else:
+                stage = STAGES[number - 1]
+                claimed = lessons.own() if stage.own else None
+                language.train(
+                    captioner, renderer, stage, lessons.asked, lessons.captioned, claimed, lessons.test, SEED
+                )
+            save_model(captioner.model, str(path))
+            print(f"stage {name}: {time.process_time() - began:.0f} CPU seconds", flush=True)
+        load_model(captioner.model, str(path))
+    return captioner
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder of the finished checkpoint; must not exist"
+    )
+    parser.add_argument("--work", type=Path, default=Path("runs/lab-base"), help="where stages are kept")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    captioner = make(args.work)
+    with atomic_dir(args.out) as folder:
+        architecture.export(captioner, folder)
+    print(f"the base: {args.out}")
+
+
+if __name__ == "__main__":
+    main()
