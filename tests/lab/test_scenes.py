@@ -13,8 +13,8 @@ from captioner import views
 from captioner.config import ViewsConfig
 from captioner.errors import DataError
 from captioner.lab import scenes
-from captioner.lab.scenes import pictures as drawing
 from captioner.lab.scenes import language, things
+from captioner.lab.scenes import pictures as drawing
 from captioner.lab.scenes.judging import stream_of
 
 indices = st.integers(0, 10_000)
@@ -177,7 +177,9 @@ def test_splits_never_meet():
         for seed in (0, 1):
             for _, scene in _some(split, 150, seed):
                 assert seen.setdefault(scene.to_json(), f"{split} {seed}") == f"{split} {seed}"
-    streams = {stream_of(split, i, seed) for split in scenes.SPLITS for i in (0, 9_999_999) for seed in (0, 107)}
+    streams = {
+        stream_of(split, i, seed) for split in scenes.SPLITS for i in (0, 9_999_999) for seed in (0, 107)
+    }
     assert len(streams) == 4 * len(scenes.SPLITS)
 
 
@@ -242,7 +244,9 @@ def test_things_stand_where_the_facts_say():
 
 def test_every_noun_has_a_sprite_and_all_are_small():
     folder = drawing._folder()
-    assert {path.stem for path in folder.glob("*.webp")} == {*scenes.NOUNS} | {f"texture-{t}" for t in drawing.TINTS}
+    assert {path.stem for path in folder.glob("*.webp")} == {*scenes.NOUNS} | {
+        f"texture-{t}" for t in drawing.TINTS
+    }
     assert sum(path.stat().st_size for path in folder.glob("*.webp")) < 1_000_000
     assert (folder / "LICENSE.md").is_file()
 
@@ -260,7 +264,9 @@ def test_writing_an_image_folder(tmp_path):
     partial = [scenes.judge(row["text"], row["facts"]) for row in rows]
     assert sum(j.recalled for j in partial) < sum(j.facts for j in partial)
     complete = next(scenes.rows("test", 1))[1]
-    assert scenes.judge(complete["text"], complete["facts"]).recalled == len(scenes.statements(scenes.sample("test", 0)))
+    assert scenes.judge(complete["text"], complete["facts"]).recalled == len(
+        scenes.statements(scenes.sample("test", 0))
+    )
 
 
 def test_unknown_splits_and_broken_facts_are_refused():

@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from captioner import model, qa
 from captioner.config import EngineConfig, ViewsConfig
 from captioner.engines.base import QuestionBatch
 from captioner.engines.hf import HFEngine
@@ -33,7 +32,9 @@ from captioner.lab.scenes import (
 from captioner.lab.scenes.judging import stream_of
 from captioner.lab.scenes.language import subject_of
 from captioner.lab.scenes.things import CATEGORY_OF, USUAL_STICKER
-from captioner.model import Captioner
+from captioner.method import qa
+from captioner.models import model
+from captioner.models.model import Captioner
 from captioner.records import Candidate
 
 SPLIT, SEED = "validation", 50

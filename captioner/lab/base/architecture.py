@@ -6,12 +6,13 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from captioner import model, prompts
+from captioner import prompts
 from captioner.config import ViewsConfig
 from captioner.lab.scenes import language, things
+from captioner.models import model
 
 if TYPE_CHECKING:
-    from captioner.model import Captioner
+    from captioner.models.model import Captioner
 
 VIEW_PX = 96
 PATCH_PX = 16

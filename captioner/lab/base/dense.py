@@ -20,8 +20,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from captioner.lab.base.pool import NOT_HERE, PATCHES, Pool
 from captioner.lab.scenes.language import NOUN_OF_PLURAL
 from captioner.lab.scenes.things import BACKGROUNDS, NOUNS, SIZES, STICKERS, plural
-from captioner.model import Captioner
-from captioner.render import Renderer
+from captioner.models.model import Captioner
+from captioner.models.render import Renderer
 
 WHOLE_SHARE = 0.35  # of the views in a batch
 DECAY_FROM = 0.6  # of the steps: the learning rate falls from here on

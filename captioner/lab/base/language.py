@@ -19,15 +19,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from captioner import prompts, qa
+from captioner import prompts
 from captioner.lab.base import packed
 from captioner.lab.base.dense import encode, rate
 from captioner.lab.base.own import Claims
 from captioner.lab.base.pool import PATCHES, VIEWS, Pool
 from captioner.lab.scenes.language import ask, open_questions, shorthand
 from captioner.lab.scenes.things import SPLITS, Scene
-from captioner.model import Captioner
-from captioner.render import IGNORED, Renderer
+from captioner.method import qa
+from captioner.models.model import Captioner
+from captioner.models.render import IGNORED, Renderer
 
 CAPTIONS_PER_IMAGE = 4
 EMBEDDING_RATE = 0.1  # of the learning rate: the encoder was trained against these words

@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_model, save_model
 
-from captioner import model
 from captioner.config import ViewsConfig
 from captioner.lab.base import architecture, dense, language, own
 from captioner.lab.base.pool import draw_pool
-from captioner.render import Renderer
+from captioner.models import model
+from captioner.models.render import Renderer
 from captioner.runs import atomic_dir
 
 SEED = 0
@@ -30,15 +30,14 @@ SEEN = {kind: weight for kind, weight in ALL.items() if kind != "sticker"}  # in
 OPEN = {kind: weight for kind, weight in SEEN.items() if kind != "relation"}
 STICKERS = {**ALL, "sticker": 5.0}
 MIXED = {**ALL, "sticker": 2.0}
+SMALL = {"images": 6, "questions": 20}  # batches where six views make long prefixes
 STAGES = (
     language.Stage("open", 400, {**OPEN, "object": 3.0}, yes_no=0.0),
     language.Stage("yes", 900, SEEN),
-    language.Stage("views", 900, STICKERS, learning_rate=1.2e-3, six=0.7, no_whole=0.3, images=5, questions=24),
+    language.Stage("views", 900, STICKERS, learning_rate=1.2e-3, six=0.7, no_whole=0.3, **SMALL),
+    language.Stage("captions", 500, MIXED, six=0.8, captions=0.5, captions_six=0.2, decay_from=0.7, **SMALL),
     language.Stage(
-        "captions", 500, MIXED, six=0.8, captions=0.5, captions_six=0.2, images=6, questions=20, decay_from=0.7
-    ),
-    language.Stage(
-        "own", 500, MIXED, six=1.0, captions=0.5, captions_six=0.2, own=0.6, images=6, questions=20, decay_from=0.3
+        "own", 500, MIXED, six=1.0, captions=0.5, captions_six=0.2, own=0.6, decay_from=0.3, **SMALL
     ),
 )
 

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from captioner.config import EngineConfig, SamplingConfig, ViewsConfig
 from captioner.engines.base import CaptionRequest
 from captioner.engines.hf import HFEngine
-from captioner.lab.scenes.pictures import draw
 from captioner.lab.scenes.judging import stream_of
 from captioner.lab.scenes.language import execute, kind_of, parse
+from captioner.lab.scenes.pictures import draw
 from captioner.lab.scenes.things import Scene, sample
-from captioner.model import Captioner
+from captioner.models.model import Captioner
 from captioner.records import Candidate
 
 Claims = dict[str, list[tuple[str, bool]]]  # kind -> statements and whether they hold

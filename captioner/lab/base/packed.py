@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers.models.qwen3_vl.modeling_qwen3_vl import apply_rotary_pos_emb
 
-from captioner.model import Captioner
-from captioner.render import Prefix, Renderer
+from captioner.models.model import Captioner
+from captioner.models.render import Prefix, Renderer
 
 
 def hidden(

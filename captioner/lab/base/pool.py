@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from captioner.lab.scenes.pictures import draw_owned
 from captioner.lab.scenes.judging import stream_of
+from captioner.lab.scenes.pictures import draw_owned
 from captioner.lab.scenes.things import Scene, sample
-from captioner.render import Renderer
+from captioner.models.render import Renderer
 
 NOT_HERE = -1
 LEAST_SHARE = (0.12, 0.2)  # of a patch that a thing, a sticker covers where the patch is said to show it

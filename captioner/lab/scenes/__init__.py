@@ -1,6 +1,5 @@
 """Table-top scenes whose facts are known: draw, caption, question, parse, judge. No torch."""
 
-from captioner.lab.scenes.pictures import SIZE_PX, draw
 from captioner.lab.scenes.judging import Judgement, judge, rows, write
 from captioner.lab.scenes.language import (
     KINDS,
@@ -16,6 +15,7 @@ from captioner.lab.scenes.language import (
     shorthand,
     statements,
 )
+from captioner.lab.scenes.pictures import SIZE_PX, draw
 from captioner.lab.scenes.things import (
     BACKGROUNDS,
     NOUNS,

@@ -11,7 +11,6 @@ from typing import Any
 from PIL import Image
 
 from captioner.errors import DataError
-from captioner.lab.scenes.pictures import draw
 from captioner.lab.scenes.language import (
     KINDS,
     execute,
@@ -24,6 +23,7 @@ from captioner.lab.scenes.language import (
     statements,
     subject_of,
 )
+from captioner.lab.scenes.pictures import draw
 from captioner.lab.scenes.things import SPLITS, Scene, Thing, group_of, sample
 
 Shares = dict[str, tuple[int, int]]

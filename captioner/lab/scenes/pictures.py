@@ -69,20 +69,22 @@ def _paste(canvas: np.ndarray, sprite: np.ndarray, y: int, x: int) -> None:
 
 
 def _sticker_corner(rng: np.random.Generator, y: int, x: int, h: int, w: int) -> tuple[int, int]:
-    """Top left corner of a sticker inside an object's box, so that some view shows the sticker whole."""
+    """Top left corner of a sticker in an object's box, so that a quarter or the centre shows it whole."""
     half, quarter = SIZE_PX // 2, SIZE_PX // 4
 
-    def inside(at: int, low: int, high: int) -> bool:
-        return low <= at <= high - STICKER_PX
+    def uncut(at: int) -> bool:
+        return not half - STICKER_PX < at < half
+
+    def central(at: int) -> bool:
+        return quarter <= at <= SIZE_PX - quarter - STICKER_PX
 
     for _ in range(8):
-        top = y + int(rng.integers(0, max(1, h - STICKER_PX + 1)))
-        left = x + int(rng.integers(0, max(1, w - STICKER_PX + 1)))
-        top, left = min(top, SIZE_PX - STICKER_PX), min(left, SIZE_PX - STICKER_PX)
-        in_quarter = all(inside(at, 0, half) or inside(at, half, SIZE_PX) for at in (top, left))
-        if in_quarter or all(inside(at, quarter, SIZE_PX - quarter) for at in (top, left)):
+        top = min(y + int(rng.integers(0, max(1, h - STICKER_PX + 1))), SIZE_PX - STICKER_PX)
+        left = min(x + int(rng.integers(0, max(1, w - STICKER_PX + 1))), SIZE_PX - STICKER_PX)
+        if (uncut(top) and uncut(left)) or (central(top) and central(left)):
             return top, left
-    return tuple(half - STICKER_PX if at < half - STICKER_PX // 2 else half for at in (top, left))  # type: ignore[return-value]
+    snapped = [at if uncut(at) else half - STICKER_PX * (at < half - STICKER_PX // 2) for at in (top, left)]
+    return snapped[0], snapped[1]
 
 
 def _background(name: str, rng: np.random.Generator) -> np.ndarray:
