@@ -32,6 +32,8 @@ from captioner.models.render import IGNORED, Renderer
 
 CAPTIONS_PER_IMAGE = 4
 EMBEDDING_RATE = 0.1  # of the learning rate: the encoder was trained against these words
+WHERE = "where"
+EVERY = 200  # steps between two measurements
 ALIKE = 0.8  # correlation of queries and keys at the start: like attends to like
 
 
@@ -54,7 +56,7 @@ class Stage:
     own: float = 0.0  # of the question batches ask the captioner's own claims, see :mod:`own`
     decay_from: float = 0.5
     images: int = 8
-    questions: int = 16  # of each image in a batch
+    questions: int = 24  # of each image in a batch
 
 
 @dataclass
@@ -86,41 +88,46 @@ def prepare(captioner: Captioner, seed: int) -> None:
 
 
 class Writer:
-    """Makes branches: token ids and targets of questions and captions, as the product renders them."""
+    """Makes branches: token ids and targets of questions and captions, as the product renders them.
 
-    def __init__(self, renderer: Renderer):
-        self.renderer = renderer
+    With ``hints`` some tokens that the user says are learned too: the answer right behind the question mark,
+    from where it need only be copied over the markup, and in a true statement its last words.
+    """
+
+    def __init__(self, renderer: Renderer, hints: bool = True):
+        self.renderer, self.hints = renderer, hints
         self.branch = cache(self._branch)
 
-    def _branch(self, text: str | None, answer: str, placed: int = 0) -> Branch:
-        """``placed``: so many last tokens of a true statement are learned as well: what is where."""
+    def _branch(self, text: str | None, answer: str, told: int = 0) -> Branch:
+        """``told``: how many last words of the question are learned as well."""
         ids, mask = self.renderer.branch_ids(text, answer)
-        if placed:
-            end = ids.index(self.renderer.end_id) - 1  # the question mark
-            mask = [on or end - placed <= i < end for i, on in enumerate(mask)]
-        targets = [token if on else IGNORED for token, on in zip(ids, mask, strict=True)]
-        return ids[:-1], targets[1:]
+        targets = [token if on else IGNORED for token, on in zip(ids, mask, strict=True)][1:]
+        if self.hints and text is not None:
+            mark = ids.index(self.renderer.end_id) - 1  # the question mark
+            targets[mark - 1 - told : mark - 1] = ids[mark - told : mark]
+            targets[mark] = ids[mask.index(True)]
+        return ids[:-1], targets
 
     def questions(self, rng: random.Random, scene: Scene, stage: Stage) -> list[Branch]:
         branches: list[Branch] = []
         opened: dict[str, list[dict[str, str]]] = {}
         for row in open_questions(scene):
-            opened.setdefault(row["kind"], []).append(row)
+            opened.setdefault(_skill(row), []).append(row)
         kinds, weights = list(stage.kinds), list(stage.kinds.values())
         while len(branches) < stage.questions:
             kind = rng.choices(kinds, weights)[0]
-            if rng.random() < stage.yes_no:
-                row = ask(rng, scene, kind, rng.random() < 0.5)
-                if row:
-                    branches.append(self.yes_no(row["question"], row["answer"] == "yes", kind))
+            if kind != WHERE and rng.random() < stage.yes_no:
+                asked = ask(rng, scene, kind, rng.random() < 0.5)
+                if asked:
+                    branches.append(self.yes_no(asked["question"], asked["answer"] == "yes", kind))
             elif kind in opened:
                 row = rng.choice(opened[kind])
                 branches.append(self.branch(row["question"], row["answer"]))
         return branches
 
     def yes_no(self, statement: str, true: bool, kind: str) -> Branch:
-        placed = len(statement.split()) - 1 if true and kind == "object" else 0
-        return self.branch(prompts.load("question", statement=statement), "yes" if true else "no", placed)
+        told = len(statement.split()) - 1 if true and kind == "object" else 0  # the place
+        return self.branch(prompts.load("question", statement=statement), "yes" if true else "no", told)
 
     def captions(self, rng: random.Random, pool: Pool, i: int) -> list[Branch]:
         named = SPLITS[pool.split].named
@@ -137,9 +144,11 @@ class Writer:
         while len(branches) < count:
             kind, true = rng.choice(kinds), rng.random() < 0.5
             texts = [text for text, right in found.get(kind, ()) if right == true]
-            row = None if texts else ask(rng, scene, kind, true)
-            if texts or row:
-                branches.append(self.yes_no(rng.choice(texts) if texts else row["question"], true, kind))
+            drawn = None if texts else ask(rng, scene, kind, true)
+            if drawn:
+                texts = [drawn["question"]]
+            if texts:
+                branches.append(self.yes_no(rng.choice(texts), true, kind))
         return branches
 
 
@@ -205,7 +214,7 @@ def train(
         nn.utils.clip_grad_norm_([*language, embedding], 1.0)
         optimizer.step()
         mean[kind] = 0.95 * mean[kind] + 0.05 * loss.item() if mean[kind] else loss.item()
-        if (step + 1) % 300 == 0 or step + 1 == stage.steps:
+        if (step + 1) % EVERY == 0 or step + 1 == stage.steps:
             seconds = time.process_time() - start
             found = measure(captioner, renderer, test, stage)
             print(f"{stage.name} {step + 1} cpu {seconds:.0f} s loss {mean} {found}", flush=True)
@@ -254,17 +263,24 @@ def measure(captioner: Captioner, renderer: Renderer, test: Lesson, stage: Stage
             rng = random.Random(7)
             closed = [_balanced(rng, scene, kind) for scene in test.pool.scenes]
             opened = [
-                rng.sample([row for row in open_questions(scene) if row["kind"] == kind][:12], 1)
+                rng.sample([row for row in open_questions(scene) if _skill(row) == kind], 1)
                 for scene in test.pool.scenes
                 if kind != "relation"
             ]
-            right = [_right(captioner, renderer, test, views, rows) for rows in (closed, opened) if rows]
+            right = [_right(captioner, renderer, test, views, rows) for rows in (closed, opened) if any(rows)]
             found[f"{kind} {len(views)}"] = " ".join(f"{share:.3f}" for share in right)
     captioner.model.train()
     return found
 
 
+def _skill(row: Mapping[str, str]) -> str:
+    """The kind of an open question; where something is is a skill of its own beside what is somewhere."""
+    return WHERE if row["question"].startswith(WHERE) else row["kind"]
+
+
 def _balanced(rng: random.Random, scene: Scene, kind: str) -> list[dict[str, str]]:
+    if kind == WHERE:
+        return []
     rows = [ask(rng, scene, kind, true) for true in (True, False)]
     return [row for row in rows if row] if all(rows) else []
 
@@ -278,7 +294,7 @@ def _right(
 ) -> float:
     """Share of the questions, some for each scene of ``test``, that are answered right, word for word."""
     hits: list[Tensor] = []
-    writer, weight = Writer(renderer), captioner.model.get_input_embeddings().weight
+    writer, weight = Writer(renderer, hints=False), captioner.model.get_input_embeddings().weight
     for at in range(0, len(asked), 25):
         part = [i for i in range(at, min(at + 25, len(asked))) if asked[i]]
         branches = [[writer.branch(qa.question_text(row), row["answer"]) for row in asked[i]] for i in part]

@@ -24,7 +24,7 @@ from captioner.runs import atomic_dir
 
 SEED = 0
 TEST_SEED = 1  # of the scenes that progress is measured on; acceptance has its own
-SCENES = {"dense": 6000, "pretrain": 2500, "train": 1200, "qa": 500, "test": 40}
+SCENES = {"dense": 6000, "pretrain": 3000, "train": 2000, "qa": 800, "test": 40}
 ALL = {"object": 1.0, "size": 1.0, "sticker": 1.0, "count": 0.6, "relation": 1.0, "background": 0.2}
 SEEN = {kind: weight for kind, weight in ALL.items() if kind != "sticker"}  # in a whole view
 OPEN = {kind: weight for kind, weight in SEEN.items() if kind != "relation"}
@@ -32,12 +32,13 @@ STICKERS = {**ALL, "sticker": 5.0}
 MIXED = {**ALL, "sticker": 2.0}
 SMALL = {"images": 6, "questions": 20}  # batches where six views make long prefixes
 STAGES = (
-    language.Stage("open", 400, {**OPEN, "object": 3.0}, yes_no=0.0),
-    language.Stage("yes", 900, SEEN),
-    language.Stage("views", 900, STICKERS, learning_rate=1.2e-3, six=0.7, no_whole=0.3, **SMALL),
-    language.Stage("captions", 500, MIXED, six=0.8, captions=0.5, captions_six=0.2, decay_from=0.7, **SMALL),
+    language.Stage("open", 1000, {**OPEN, "object": 3.0}, yes_no=0.0, decay_from=0.7),
+    language.Stage("where", 600, {**OPEN, "where": 5.0}, yes_no=0.0, decay_from=0.9),
+    language.Stage("yes", 1200, {**SEEN, "where": 1.0}),
+    language.Stage("views", 1300, STICKERS, learning_rate=1.2e-3, six=0.7, no_whole=0.3, **SMALL),
+    language.Stage("captions", 700, MIXED, six=0.8, captions=0.5, captions_six=0.2, decay_from=0.7, **SMALL),
     language.Stage(
-        "own", 500, MIXED, six=1.0, captions=0.5, captions_six=0.2, own=0.6, decay_from=0.3, **SMALL
+        "own", 900, MIXED, six=1.0, captions=0.5, captions_six=0.2, own=0.6, decay_from=0.3, **SMALL
     ),
 )
 

@@ -45,7 +45,7 @@ def hidden(
         for layer in model.layers:
             normed = (layer.input_layernorm(before), layer.input_layernorm(after))
             heads = [_heads(layer.self_attn, x, turn) for x, turn in zip(normed, rotations, strict=True)]
-            mixed = _attend(*heads, count)
+            mixed = _attend(heads[0], heads[1], count)
             before, after = (
                 x + layer.self_attn.o_proj(y.transpose(1, 2).flatten(2))
                 for x, y in zip((before, after), mixed, strict=True)

@@ -96,7 +96,7 @@ def _background(name: str, rng: np.random.Generator) -> np.ndarray:
     part = texture[y : y + SIZE_PX, x : x + SIZE_PX, None]
     if rng.random() < 0.5:
         part = part[:, ::-1]
-    return np.float32(part * np.array(TINTS[name], np.float32) * np.float32(rng.uniform(0.8, 1.1)))
+    return part * np.array(TINTS[name], np.float32) * np.float32(rng.uniform(0.8, 1.1))
 
 
 def _folder() -> Path:
