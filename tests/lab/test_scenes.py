@@ -2,6 +2,7 @@
 
 import collections
 import json
+import random
 
 import numpy as np
 import pytest
@@ -126,6 +127,17 @@ def test_judge_counts_errors_once_and_by_kind():
 def test_parser(statement, canonical, kind):
     assert scenes.normalise(statement) == canonical
     assert scenes.kind_of(statement) == kind
+
+
+@pytest.mark.parametrize("statement", [*FACTS, "teapot left of cup", "teapot above cup"])
+def test_swaps_change_one_value_each(statement):
+    found = list(scenes.swaps(statement, random.Random(0)))
+    kind = scenes.kind_of(statement)
+    assert len(found) == {"background": 1, "count": 1, "relation": 3}.get(kind, 2)
+    assert {scenes.kind_of(text) for text in found} == {kind}
+    assert statement not in found
+    if statement == "teapot left of cup":
+        assert "cup left of teapot" in found
 
 
 @given(splits, indices)

@@ -14,6 +14,7 @@ from captioner.lab.scenes.language import (
     relations,
     shorthand,
     statements,
+    swaps,
 )
 from captioner.lab.scenes.pictures import SIZE_PX, draw
 from captioner.lab.scenes.things import (
@@ -35,5 +36,5 @@ __all__ = [
     "BACKGROUNDS", "KINDS", "NOUNS", "PLACES", "SIZES", "SIZE_PX", "SPLITS", "STICKERS", "Judgement", "Scene",
     "Split", "Thing", "draw", "execute", "group_of", "judge", "kind_of", "normalise", "open_questions",
     "parse", "parse_prose", "plural", "prose", "questions", "relations", "rows", "sample", "shorthand",
-    "statements", "write",
+    "statements", "swaps", "write",
 ]  # fmt: skip

@@ -315,6 +315,18 @@ def _read(statement: str) -> tuple[str | None, str, str]:
     return None, "", ""
 
 
+def swaps(statement: str, rng: random.Random) -> Iterator[str]:
+    """A canonical statement with one of its values changed, each in turn, and a relation turned around."""
+    for values in (NOUNS, PLACES, SIZES, STICKERS, BACKGROUNDS, tuple(NOUN_OF_PLURAL)):
+        for match in re.finditer(rf"\b(?:{'|'.join(sorted(values, key=len, reverse=True))})\b", statement):
+            changed = rng.choice([value for value in values if value != match[0]])
+            text = normalise(statement[: match.start()] + changed + statement[match.end() :])
+            if text is not None:  # `left` is a place and half a relation
+                yield text
+    if match := _RELATION.fullmatch(statement):
+        yield f"{match[3]} {match[2]} {match[1]}"
+
+
 def parse(caption: str) -> list[str | None]:
     """Canonical statements of a shorthand caption in order, None for each that cannot be parsed."""
     return [normalise(part) for part in re.split(r"[,;\n]", caption) if part.strip()]
