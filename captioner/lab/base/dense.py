@@ -43,6 +43,8 @@ class DenseConfig:
     views: int = 48
     learning_rate: float = 2e-3
     weight_decay: float = 0.05
+    carried: bool = False  # ask every patch of a thing for the sticker that the view shows on it
+    words: bool = True  # train the word embeddings too
 
 
 def encode(captioner: Captioner, renderer: Renderer, patches: Tensor) -> Tensor:
@@ -59,9 +61,10 @@ def encode(captioner: Captioner, renderer: Renderer, patches: Tensor) -> Tensor:
     return features.float().view(len(patches), patches.shape[1], -1)
 
 
-def labels(pool: Pool) -> dict[str, Tensor]:
+def labels(pool: Pool, carried: bool = False) -> dict[str, Tensor]:
     """The right word's number for each patch, long [n, V, P] (background [n]); ``NOT_HERE``: none."""
     assert pool.shown is not None
+    stuck = _carried(pool.shown) if carried else pool.shown[:, 1]
     table: dict[str, np.ndarray] = {}
     widest = max(len(scene.things) for scene in pool.scenes)
     for kind in ("noun", "size", "sticker", "count"):
@@ -75,12 +78,19 @@ def labels(pool: Pool) -> dict[str, Tensor]:
             table["sticker"][i, j] = STICKERS.index(thing.sticker) if thing.sticker else NOT_HERE
     found = {}
     for kind, values in table.items():
-        shown = pool.shown[:, 1 if kind == "sticker" else 0].astype(np.int64)
+        shown = (stuck if kind == "sticker" else pool.shown[:, 0]).astype(np.int64)
         found[kind] = torch.from_numpy(
             np.take_along_axis(values[:, None], shown.reshape(len(pool), 1, -1), 2).reshape(shown.shape)
         )
     found["background"] = torch.tensor([BACKGROUNDS.index(scene.background) for scene in pool.scenes])
     return found
+
+
+def _carried(shown: np.ndarray) -> np.ndarray:
+    """Whose sticker each patch is asked for, int8 [n, V, P]: its own thing's too, where the view shows it."""
+    thing, sticker = shown[:, 0], shown[:, 1]
+    visible = (thing[..., :, None] == sticker[..., None, :]).any(-1)
+    return np.where((sticker == NOT_HERE) & visible, thing, sticker)
 
 
 class Reader(nn.Module):
@@ -138,8 +148,10 @@ def train(
     """Train encoder and word embeddings in place."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
-    reader, right = Reader(captioner), labels(pool)
-    parameters = [*captioner.visual.parameters(), reader.embedding.weight, *reader.place.parameters()]
+    reader, right = Reader(captioner), labels(pool, config.carried)
+    parameters = [*captioner.visual.parameters(), *reader.place.parameters()]
+    if config.words:
+        parameters.append(reader.embedding.weight)
     decayed = [p for p in parameters if p.ndim > 1]
     others = [p for p in parameters if p.ndim < 2]
     groups = [
@@ -164,16 +176,15 @@ def train(
         optimizer.step()
         if (step + 1) % 200 == 0:
             seconds = time.process_time() - start
-            found = measure(captioner, renderer, test)
+            found = measure(captioner, renderer, test, config.carried)
             print(f"dense {step + 1} cpu {seconds:.0f} s loss {loss.item():.3f} {found}", flush=True)
-    spread(captioner, seed)
 
 
 @torch.no_grad()
-def measure(captioner: Captioner, renderer: Renderer, pool: Pool) -> dict[str, str]:
+def measure(captioner: Captioner, renderer: Renderer, pool: Pool, carried: bool) -> dict[str, str]:
     """Share of the patches told right, ``whole view / crops``; of stickers and nouns where there is one."""
     captioner.model.eval()
-    reader, right = Reader(captioner), labels(pool)
+    reader, right = Reader(captioner), labels(pool, carried)
     features = torch.stack([encode(captioner, renderer, patches) for patches in pool.patches])
     found = {}
     for kind, scores in reader(features).items():

@@ -25,7 +25,7 @@ from captioner.lab.base.dense import encode, rate
 from captioner.lab.base.own import Claims
 from captioner.lab.base.pool import PATCHES, VIEWS, Pool
 from captioner.lab.scenes.language import ask, open_questions, shorthand
-from captioner.lab.scenes.things import SPLITS, Scene
+from captioner.lab.scenes.things import SPLITS, STICKERS, Scene
 from captioner.method import qa
 from captioner.models.model import Captioner
 from captioner.models.render import IGNORED, Renderer
@@ -33,7 +33,7 @@ from captioner.models.render import IGNORED, Renderer
 CAPTIONS_PER_IMAGE = 4
 EMBEDDING_RATE = 0.1  # of the learning rate: the encoder was trained against these words
 WHERE = "where"
-EVERY = 200  # steps between two measurements
+EVERY = 100  # steps between two measurements
 ALIKE = 0.8  # correlation of queries and keys at the start: like attends to like
 
 
@@ -50,6 +50,7 @@ class Stage:
     learning_rate: float = 1.5e-3
     yes_no: float = 0.6  # the other questions are open
     six: float = 0.0  # of the question batches show six views, the others the whole alone
+    crops: float = 0.0  # of the batches show one crop alone and ask for the stickers in it
     no_whole: float = 0.0  # of the batches on six views leave out the whole one
     captions: float = 0.0
     captions_six: float = 0.0  # of the caption batches show six views
@@ -123,6 +124,28 @@ class Writer:
             elif kind in opened:
                 row = rng.choice(opened[kind])
                 branches.append(self.branch(row["question"], row["answer"]))
+        return branches
+
+    def stickers(self, rng: random.Random, pool: Pool, i: int, view: int, stage: Stage) -> list[Branch]:
+        """Questions about the stickers that one view of scene ``i`` shows, or shows to be missing."""
+        assert pool.shown is not None
+        scene, (owners, stuck) = pool.scenes[i], pool.shown[i, :, view]
+        visible = [
+            thing
+            for number, thing in enumerate(scene.things)
+            if number in (stuck if thing.sticker else owners) and len(scene.named(thing.noun)) == 1
+        ]
+        if not visible:
+            return [self.branch("what background?", scene.background)]
+        branches = []
+        for _ in range(stage.questions):
+            thing = rng.choice(visible)
+            if rng.random() < stage.yes_no:
+                true = thing.sticker is not None and rng.random() < 0.6
+                kind = thing.sticker if true else rng.choice([s for s in STICKERS if s != thing.sticker])
+                branches.append(self.yes_no(f"{kind} sticker on {thing.noun}", true, "sticker"))
+            else:
+                branches.append(self.branch(f"what sticker is on {thing.noun}?", thing.sticker or "none"))
         return branches
 
     def yes_no(self, statement: str, true: bool, kind: str) -> Branch:
@@ -237,8 +260,12 @@ def draw_batch(
             [writer.claims(rng, own.pool.scenes[i], own.claims[i], stage.questions) for i in picked],
             picked,
         )
-    views = range(VIEWS) if rng.random() < stage.six else range(1)
     picked = rng.sample(range(len(asked.pool)), stage.images)
+    if rng.random() < stage.crops:
+        view = rng.randrange(1, VIEWS)
+        branches = [writer.stickers(rng, asked.pool, i, view, stage) for i in picked]
+        return "question", asked, [view], branches, picked
+    views = range(VIEWS) if rng.random() < stage.six else range(1)
     shown = stage
     if len(views) == 1 and stage.six:  # a whole view alone cannot show a sticker
         shown = Stage(**{**stage.__dict__, "kinds": {k: w for k, w in stage.kinds.items() if k != "sticker"}})

@@ -31,14 +31,19 @@ OPEN = {kind: weight for kind, weight in SEEN.items() if kind != "relation"}
 STICKERS = {**ALL, "sticker": 5.0}
 MIXED = {**ALL, "sticker": 2.0}
 SMALL = {"images": 6, "questions": 20}  # batches where six views make long prefixes
-STAGES = (
+STAGES: tuple[language.Stage | tuple[str, dense.DenseConfig], ...] = (
+    ("dense", dense.DenseConfig()),
     language.Stage("open", 1000, {**OPEN, "object": 3.0}, yes_no=0.0, decay_from=0.7),
     language.Stage("where", 600, {**OPEN, "where": 5.0}, yes_no=0.0, decay_from=0.9),
     language.Stage("yes", 1200, {**SEEN, "where": 1.0}),
-    language.Stage("views", 1300, STICKERS, learning_rate=1.2e-3, six=0.7, no_whole=0.3, **SMALL),
-    language.Stage("captions", 700, MIXED, six=0.8, captions=0.5, captions_six=0.2, decay_from=0.7, **SMALL),
+    ("stickers", dense.DenseConfig(600, learning_rate=6e-4, carried=True, words=False)),
+    language.Stage("crops", 500, SEEN, yes_no=0.4, crops=0.8, decay_from=1.0),
     language.Stage(
-        "own", 900, MIXED, six=1.0, captions=0.5, captions_six=0.2, own=0.6, decay_from=0.3, **SMALL
+        "views", 500, STICKERS, yes_no=0.5, six=0.9, crops=0.2, no_whole=0.3, decay_from=0.8, **SMALL
+    ),
+    language.Stage("captions", 350, MIXED, six=0.8, captions=0.5, captions_six=0.2, decay_from=0.7, **SMALL),
+    language.Stage(
+        "own", 350, MIXED, six=1.0, captions=0.5, captions_six=0.2, own=0.6, decay_from=0.3, **SMALL
     ),
 )
 
@@ -51,7 +56,7 @@ class Lessons:
     renderer: Renderer
 
     def _encoded(self, split: str, count: int, seed: int = SEED) -> language.Lesson:
-        pool = draw_pool(self.renderer, split, count, seed=seed)
+        pool = draw_pool(self.renderer, split, count, seed=seed, labels=split == "pretrain")
         return language.lesson(self.captioner, self.renderer, pool)
 
     @cached_property
@@ -80,13 +85,15 @@ class Lessons:
         return found
 
 
-def train_encoder(captioner: model.Captioner, renderer: Renderer) -> None:
-    """The stage before language: see :mod:`dense`."""
-
+def train_encoder(captioner: model.Captioner, renderer: Renderer, config: dense.DenseConfig) -> None:
+    """A stage of the encoder, see :mod:`dense`; the first one makes words and attention ready."""
     pool = draw_pool(renderer, "pretrain", SCENES["dense"], seed=SEED, labels=True)
     test = draw_pool(renderer, "pretrain", SCENES["test"], seed=TEST_SEED, labels=True)
-    dense.train(captioner, renderer, pool, test, dense.DenseConfig(), SEED)
-    language.prepare(captioner, SEED)
+    captioner.visual.requires_grad_(True)
+    dense.train(captioner, renderer, pool, test, config, SEED)
+    if config.words:
+        dense.spread(captioner, SEED)
+        language.prepare(captioner, SEED)
 
 
 def make(work: Path) -> model.Captioner:
@@ -98,18 +105,19 @@ def make(work: Path) -> model.Captioner:
     captioner = model.load(start)
     renderer = Renderer(captioner, ViewsConfig())
     lessons = Lessons(captioner, renderer)
-    for number, name in enumerate(["dense", *(stage.name for stage in STAGES)]):
+    for number, stage in enumerate(STAGES):
+        name = stage.name if isinstance(stage, language.Stage) else stage[0]
         path = work / f"{number}-{name}.safetensors"
         if not path.is_file():
             began = time.process_time()
-            if name == "dense":
-                train_encoder(captioner, renderer)
-            else:
-                stage = STAGES[number - 1]
+            if isinstance(stage, language.Stage):
                 claimed = lessons.own() if stage.own else None
                 language.train(
                     captioner, renderer, stage, lessons.asked, lessons.captioned, claimed, lessons.test, SEED
                 )
+            else:
+                train_encoder(captioner, renderer, stage[1])
+                lessons = Lessons(captioner, renderer)  # features of before are stale
             save_model(captioner.model, str(path))
             print(f"stage {name}: {time.process_time() - began:.0f} CPU seconds", flush=True)
         load_model(captioner.model, str(path))
