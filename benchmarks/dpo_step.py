@@ -109,7 +109,11 @@ def measure(kind: str, rejected: str, images: str, steps: int, hidden: int) -> d
         renderer = render.Renderer(captioner, ViewsConfig())
         pairs, paths = made_pairs(renderer, folder / "images", int(rejected))
         training = TrainingConfig(
-            steps=steps + 1, batch_size=int(images), learning_rate=1e-5, warmup=0, save_steps=10**6
+            max_steps=steps + 1,
+            per_device_train_batch_size=int(images),
+            learning_rate=1e-5,
+            warmup_ratio=0,
+            save_steps=10**6,
         )
         run = stock if kind == "stock" else shared
         run(captioner, renderer, pairs, paths, training, folder)
@@ -150,7 +154,7 @@ def shared(captioner: Any, renderer: Any, pairs: Any, paths: Any, training: Any,
     args = preference.arguments(captioner, training, out, dpo)
 
     def reference() -> None:
-        scored = preference.score(trainer, pairs, "", training.batch_size)
+        scored = preference.score(trainer, pairs, "", training.per_device_train_batch_size)
         collator.reference = preference.by_image(scored)
 
     with preference.shared_prefix(captioner) as seen:
@@ -187,7 +191,7 @@ def stock(captioner: Any, renderer: Any, pairs: Any, paths: Any, training: Any, 
         model=captioner.model,
         ref_model=AutoModelForImageTextToText.from_pretrained(captioner.path),
         args=args,
-        train_dataset=Dataset.from_list(rows * training.steps),
+        train_dataset=Dataset.from_list(rows * training.max_steps),
         processing_class=captioner.processor,
         callbacks=[turns(lambda: None)],
     )

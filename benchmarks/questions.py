@@ -22,7 +22,7 @@ from captioner.config import EngineConfig, ModelConfig, SamplingConfig, ViewsOve
 from captioner.engines import CaptionRequest, QuestionBatch
 from captioner.engines.hf import HFEngine
 from captioner.lab import grid as scenes
-from captioner.method import golden
+from captioner.method import claims, golden, verdicts
 from captioner.method.qa import question_text
 from captioner.method.tool import Rules
 from captioner.models import model
@@ -94,7 +94,7 @@ def split(engine: HFEngine, images: list[Any], samples: int) -> None:
     requests = [CaptionRequest(str(i), image, f"{i:064x}") for i, image in enumerate(images)]
     sampling, sampled = timed(lambda: list(engine.sample(requests, samples, SamplingConfig())))
     tool = Rules(scenes.kind_of)
-    merging, asked = timed(lambda: [golden.select(each, tool, 120).asked for each in sampled])
+    merging, asked = timed(lambda: [claims.select(each, tool, 120).asked for each in sampled])
     batches = [
         QuestionBatch(image, [tool.decompose(each.text).text for each in own])
         for image, own in zip(images, asked, strict=True)
@@ -104,9 +104,9 @@ def split(engine: HFEngine, images: list[Any], samples: int) -> None:
     def compose() -> int:
         made = 0
         for own, statements, said in zip(sampled, asked, answers, strict=True):
-            claims = golden.claims(own[0], statements, said, tool, "", 1.0)
-            claims = golden.judge(claims, golden.Thresholds(0.6, 0.4))
-            made += bool(claims and golden.recompose(claims, lambda text: len(text.split()), 150)[0])
+            asked_of = claims.claims_of(own[0], statements, said, tool, "", 1.0)
+            judged = verdicts.judge(asked_of, verdicts.Thresholds(0.6, 0.4))
+            made += bool(judged and golden.recompose(judged, lambda text: len(text.split()), 150)[0])
         return made
 
     composing, _ = timed(compose)

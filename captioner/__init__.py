@@ -1,3 +1,3 @@
 """captioner: make an image captioner accurate and complete without human labels, then caption datasets."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"

@@ -1,4 +1,4 @@
-"""Errors a person can mend: what is wrong, where, and the command that mends it."""
+"""Errors a person can fix: what is wrong, where, and the command that fixes it."""
 
 import re
 import signal
@@ -21,22 +21,22 @@ class CaptionerError(Exception):
 
     exit_code = 2
 
-    def __init__(self, what: str, *, where: str = "", mend: str = ""):
-        self.what, self.where, self.mend = what, where, mend
+    def __init__(self, what: str, *, where: str = "", fix: str = ""):
+        self.what, self.where, self.fix = what, where, fix
         super().__init__(str(self))
 
     def __str__(self) -> str:
         lines = [self.what]
         if self.where:
             lines.append(f"  where: {self.where}")
-        if self.mend:
-            lines.append(f"  mend:  {self.mend}")
+        if self.fix:
+            lines.append(f"  fix:   {self.fix}")
         text = masked("\n".join(lines))
         return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
 
 
 class UserError(CaptionerError):
-    """The user can mend it; the command line prints it without a traceback and exits 2."""
+    """The user can fix it; the command line prints it without a traceback and exits 2."""
 
 
 class ConfigError(UserError):

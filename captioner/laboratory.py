@@ -133,12 +133,12 @@ def parse(source: str) -> Part | None:
         return None
     scheme, split, *numbers = source.split(":")
     form = f"{scheme}:SPLIT:COUNT"
-    mend = f"write {form} or {form}:OFFSET; splits: {', '.join(laboratory.splits)}"
+    fix = f"write {form} or {form}:OFFSET; splits: {', '.join(laboratory.splits)}"
     if split not in laboratory.splits:
-        raise DataError(f"no {scheme} split {split!r}", where=source, mend=mend)
+        raise DataError(f"no {scheme} split {split!r}", where=source, fix=fix)
     if len(numbers) not in (1, 2) or not all(number.isdecimal() for number in numbers):
-        raise DataError("COUNT and OFFSET are whole numbers", where=source, mend=mend)
+        raise DataError("COUNT and OFFSET are whole numbers", where=source, fix=fix)
     count, offset = int(numbers[0]), int(numbers[1]) if len(numbers) == 2 else 0
     if count < 1:
-        raise DataError(f"no {scheme} asked for", where=source, mend=mend)
+        raise DataError(f"no {scheme} asked for", where=source, fix=fix)
     return Part(laboratory, scheme, split, count, offset)

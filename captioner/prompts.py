@@ -45,6 +45,6 @@ def _text(name: str) -> str:
     known = {path.stem: path for path in _folder().glob("*.md")}
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
-        mend = f"did you mean {near[0]}?" if near else f"known prompts: {', '.join(sorted(known))}"
-        raise ConfigError(f"unknown prompt {name}", where=str(_folder()), mend=mend)
+        fix = f"did you mean {near[0]}?" if near else f"known prompts: {', '.join(sorted(known))}"
+        raise ConfigError(f"unknown prompt {name}", where=str(_folder()), fix=fix)
     return known[name].read_text(encoding="utf-8").rstrip("\n")

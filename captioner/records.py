@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from captioner.errors import DataError
 
@@ -35,7 +35,7 @@ class Candidate(Record):
     mean_logprob: float
     tokens: int
     seed: int
-    repeats: int = 0  # statements said before in this caption, and words that only repeat those before them
+    repeats: int = 0  # statements that were said before in this caption, or go round in a circle
     duplicate_of: int | None = None  # k of the first candidate of the image that says the same
 
     @property
@@ -53,7 +53,11 @@ class Failed(Record):
 
 
 class Claim(Record):
-    """One statement about an image with the verifier's verdict: the ledger of a round."""
+    """One statement about an image and what the verifier answered: the ledger of a round.
+
+    The last three fields are no part of its file. They are joined in from ``verdicts/``; ledgers of 0.1
+    still have them.
+    """
 
     sample: str
     key: str
@@ -65,12 +69,31 @@ class Claim(Record):
     expected: str  # "yes" or "no": the answer that confirms the claim
     p_yes: float  # calibrated; of all askings together
     label_mass: float  # probability of "yes" and "no" together among all tokens
-    verdict: str  # "keep", "drop", "abstain"
     verifier: str  # hash of the verifier checkpoint
     view: str  # "all", or the tag of the one view that was asked about as well
     first_p_yes: float | None = None  # of the first asking, where it was undecided and asked again
-    p_true: float | None = None  # by P(yes), kind and votes; None where the verifier is not trusted
-    why: str = ""  # what the verdict rests on
+    verdict: str = Field("abstain", exclude=True)
+    p_true: float | None = Field(None, exclude=True)
+    why: str = Field("", exclude=True)
+
+
+class Verdict(Record):
+    """What is decided about a claim: row i of a shard is about row i of that shard of the ledger."""
+
+    sample: str
+    key: str
+    text: str
+    verdict: str  # "keep", "drop", "abstain"
+    p_true: float | None  # by P(yes), kind and votes; None where the verifier is not trusted
+    why: str  # what the verdict rests on
+
+    @classmethod
+    def of(cls, claim: Claim) -> Verdict:
+        return cls(**{name: getattr(claim, name) for name in cls.model_fields})
+
+    def join(self, claim: Claim) -> Claim:
+        """The claim with this verdict."""
+        return claim.model_copy(update={"verdict": self.verdict, "p_true": self.p_true, "why": self.why})
 
 
 class Unasked(Record):
@@ -107,6 +130,8 @@ class Golden(Record):
     abstained: int
     tokens: int
     over_budget: list[str] = []  # claims that stay by their verdict but left for the token budget
+    sft_text: str | None = None  # with claims of kinds that nothing can judge in their places
+    silent: list[str] = []  # those claims: SFT reads them and does not learn them
 
 
 class Pair(Record):
@@ -142,6 +167,8 @@ class CaptionRow(Record):
     statements: list[str] | None = None  # where the caption was verified: what it stated, in order
     p_yes: list[float] | None = None  # and the probability of "yes" for each
     fault: str | None = None  # of an error: "image", or "world" (a disk, a server): to be tried again
+    p_true: list[float | None] | None = None  # that it holds; None where the verifier is not trusted
+    verdicts: list[str] | None = None  # "keep", "drop", "abstain" for each
 
 
 RecordT = TypeVar("RecordT", bound=Record)
@@ -161,7 +188,8 @@ def arrow_schema(record: type[Record]) -> pa.Schema:
             return pa.field(name, pa.list_(column("item", get_args(kind)[0]).type), nullable=optional)
         return pa.field(name, getattr(pa, _ARROW_TYPES[kind.__name__])(), nullable=optional)
 
-    columns = [column(name, info.annotation) for name, info in record.model_fields.items()]
+    stored = {name: info.annotation for name, info in record.model_fields.items() if not info.exclude}
+    columns = [column(name, annotation) for name, annotation in stored.items()]
     return pa.schema(columns, metadata={"record": record.__name__, "schema_version": str(SCHEMA_VERSION)})
 
 

@@ -58,7 +58,7 @@ def hash_path(path: Path) -> str:
     if path.is_file():
         return _hash_file(path)
     if not path.is_dir():
-        raise RunError("nothing there to hash", where=str(path))
+        raise RunError("this path does not exist", where=str(path), fix="check the path")
     files = sorted((file.relative_to(path).as_posix(), file) for file in path.rglob("*") if file.is_file())
     return _hash_json([[name, _hash_file(file)] for name, file in files])
 
@@ -156,7 +156,7 @@ def remove_dir(path: Path) -> None:
 
 
 def _clear(leftovers: Iterable[Path]) -> None:
-    """Remove what processes that are no more left behind; their id ends the name."""
+    """Remove what processes that no longer run left behind; their id ends the name."""
     for path in leftovers:
         pid = int(path.name.rpartition("-")[2])
         if pid != os.getpid() and _alive(pid):  # ours is a leftover too: in a container ids come again
@@ -260,7 +260,7 @@ class Shards(Generic[RecordT]):
         count = len(list(self.dir.glob("[0-9]*.parquet")))
         missing = [index for index in range(count) if not self.has(index)]
         if missing:
-            raise DataError(f"shard {missing[0]} is missing", where=str(self.dir), mend="run the stage again")
+            raise DataError(f"shard {missing[0]} is missing", where=str(self.dir), fix="run the stage again")
         return [row for index in range(count) for row in self.read(index)]
 
 
@@ -275,6 +275,7 @@ class Stage:
 
     def __init__(self, run: Run, name: str, section: Mapping[str, Any], inputs: Mapping[str, Path]):
         self.name, self.dir, self.done = name, run.stage_dir(name), False
+        self._run = run
         self._made_of = {
             "section": _plain({"seed": run.config.seed, **section}),
             "inputs": {key: hash_path(path) for key, path in inputs.items()},
@@ -297,7 +298,7 @@ class Stage:
             raise RunError(
                 f"stage {self.name} is stale: {'; '.join(changed[:3])}",
                 where=str(self.dir),
-                mend="add --redo to make it anew, or restore what it was made with",
+                fix="add --redo to make it anew, or restore what it was made with",
             )
         self.done = (self.dir / "stage.json").is_file()
         if self.done:
@@ -314,7 +315,10 @@ class Stage:
         device_s: float | None = None,
         **extra: Any,
     ) -> None:
-        """Publish ``stage.json``: the stage is done. ``device_s``: by default the wall time (one device)."""
+        """Publish ``stage.json``: the stage is done, and later commands of the run begin with its config.
+
+        ``device_s``: by default the wall time (one device).
+        """
         wall_s = time.monotonic() - self._start
         manifest = {
             "stage": self.name,
@@ -329,6 +333,7 @@ class Stage:
             "versions": _versions(),
             **_plain(extra),
         }
+        self._run.store_config()
         atomic_write_json(self.dir / "stage.json", manifest)
         self.done, self.lock = True, None
 
@@ -386,7 +391,7 @@ DISK = (
 
 @contextmanager
 def writing(path: Path) -> Generator[None, None, None]:
-    """Turns what a disk refuses meanwhile into RunError; whatever is resumable goes on once it is mended."""
+    """Turns what a disk refuses meanwhile into RunError; whatever is resumable goes on once it is fixed."""
     try:
         yield
     except OSError as error:
@@ -395,7 +400,7 @@ def writing(path: Path) -> Generator[None, None, None]:
         raise RunError(
             f"the disk refuses: {os.strerror(error.errno)}",
             where=str(error.filename or path),
-            mend="make room, or let it be written; the same command then goes on",
+            fix="make room, or let it be written; the same command then goes on",
         ) from error
 
 
@@ -411,7 +416,7 @@ class _Lock:
             raise RunError(
                 f"another process works in this {what}",
                 where=str(path),
-                mend=f"wait for it, or use another {flag}",
+                fix=f"wait for it, or use another {flag}",
             ) from error
         except OSError as error:
             if error.errno not in NO_LOCKS:
@@ -419,7 +424,7 @@ class _Lock:
             raise RunError(
                 f"no locks on this file system, to keep two processes out of one {what}: {error.strerror}",
                 where=str(path),
-                mend=f"mount it with locks (NFS: version 4, or without nolock), or use another {flag}",
+                fix=f"mount it with locks (NFS: version 4, or without nolock), or use another {flag}",
             ) from error
 
     def __del__(self) -> None:
@@ -453,22 +458,25 @@ class Run:
     def open(cls, place: RunDir, config: Config, create: bool = True) -> Run:
         """Open a run directory, or make it. Raises RunError if it is missing, or another kind of directory.
 
-        The config of an existing run is stored anew only when a stage begins with it: a command that is
-        refused leaves no trace.
+        Its config is stored when a stage is done: what a failed command was made with is not inherited.
         """
-        path = place.path if isinstance(place, Run) else Path(place)
+        path = cls.path_of(place)
         run = cls(path, config)
         if (path / "run.json").is_file():
             return run
         if not create:
-            raise RunError("no such run", where=str(path), mend=f"captioner sft --run {path}")
+            raise RunError("no such run", where=str(path), fix=f"captioner sft --run {path}")
         strange = path.is_file() or any(not file.name.startswith(".") for file in path.glob("*"))
         if strange:
             raise RunError(
-                "neither empty nor a run directory", where=str(path), mend="name another with --run DIR"
+                "neither empty nor a run directory", where=str(path), fix="name another with --run DIR"
             )
-        run._store()
+        run._describe()
         return run
+
+    @staticmethod
+    def path_of(place: RunDir) -> Path:
+        return place.path if isinstance(place, Run) else Path(place)
 
     def stage_dir(self, name: str) -> Path:
         """The directory of a stage such as ``sft`` or ``round-1/qa``."""
@@ -499,7 +507,7 @@ class Run:
         if not stage.done:
             stage.lock = held
             _clear(self.path.glob(".*.part-*"))
-            self._store()
+            self._describe()
         return stage
 
     def captioner_dir(self, round: int) -> Path:
@@ -513,7 +521,7 @@ class Run:
         yet gated.
         """
         if round < 1:
-            raise RunError(f"round {round} must be a whole number from 1", mend="--round 1")
+            raise RunError(f"round {round} must be a whole number from 1", fix="--round 1")
         for earlier in range(round - 1, 0, -1):
             promoted = self._promoted(earlier)
             if promoted:
@@ -522,7 +530,7 @@ class Run:
                 raise RunError(
                     f"round {earlier} is trained, and no gate has promoted or refused it",
                     where=str(self.path / f"round-{earlier}"),
-                    mend=f"captioner iterate --round {earlier} --run {self.path}",
+                    fix=f"captioner iterate --round {earlier} --run {self.path}",
                 )
         return self._existing(0)
 
@@ -542,11 +550,15 @@ class Run:
         path = self.captioner_dir(round)
         if not path.is_dir():
             command = f"captioner iterate --round {round}" if round else "captioner sft"
-            raise RunError("there is no captioner yet", where=str(path), mend=f"{command} --run {self.path}")
+            raise RunError("there is no captioner yet", where=str(path), fix=f"{command} --run {self.path}")
         return path
 
-    def _store(self) -> None:
-        """Write run.json, which makes the directory a run, and config.json."""
+    def store_config(self) -> None:
+        """Write config.json: what later commands of the run start from."""
+        atomic_write_text(self.path / "config.json", masked(self.config.model_dump_json(indent=2)) + "\n")
+
+    def _describe(self) -> None:
+        """Write run.json, which makes the directory a run."""
         file = self.path / "run.json"
         created = _read_json(file)["created"] if file.is_file() else _now()
         about = {
@@ -558,7 +570,6 @@ class Run:
             "config_hash": config_hash(self.config),
         }
         atomic_write_json(file, about)
-        atomic_write_text(self.path / "config.json", masked(self.config.model_dump_json(indent=2)) + "\n")
 
 
 RunDir = Run | Path | str  # how a command names the run it works in
@@ -575,7 +586,7 @@ def _read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise RunError(
-            f"not JSON: {error}", where=str(path), mend="remove the file and run the command again"
+            f"not JSON: {error}", where=str(path), fix="remove the file and run the command again"
         ) from error
 
 
@@ -628,7 +639,7 @@ class Progress:
 
 
 def console() -> Console:
-    """Where tables are printed; wide enough for them where the output is no terminal."""
+    """Where tables are printed; wide enough for them where the output is not a terminal."""
     from rich.console import Console
 
     return Console() if sys.stdout.isatty() else Console(width=TABLE_WIDTH)

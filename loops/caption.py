@@ -23,6 +23,7 @@ from filelock import FileLock
 from captioner import laboratory, prompts
 from captioner.config import Config
 from captioner.errors import CheckpointError, ConfigError, Ended, Refused
+from captioner.method.verifier import Verifier, settings_of
 from captioner.pipeline import output
 from captioner.pipeline.coordinator import Coordinator, Pool
 from captioner.pipeline.leases import Leases
@@ -53,7 +54,6 @@ class Job:
     drop_refuted: bool = False
     estimate: int | None = None
     retry_failed: bool = False
-    join: bool = False
     redo: bool = False
 
 
@@ -78,7 +78,6 @@ def caption(
     drop_refuted: bool = False,
     estimate: int | None = None,
     retry_failed: bool = False,
-    join: bool = False,
     redo: bool = False,
 ) -> Path:
     """Caption a data set; returns its output folder.
@@ -96,7 +95,6 @@ def caption(
         drop_refuted: Verify, and leave statements below `caption.drop` out of the captions.
         estimate: Time this many images through every stage and print the total; writes nothing.
         retry_failed: Try every failed image again; else those that a disk, a network or a server failed.
-        join: Several machines give this command with one `out` on a file system that they share.
         redo: Remove what an earlier job wrote to `out`.
 
     Raises:
@@ -114,7 +112,6 @@ def caption(
         drop_refuted=drop_refuted,
         estimate=estimate,
         retry_failed=retry_failed,
-        join=join,
         redo=redo,
     )
     if estimate is None:
@@ -130,21 +127,21 @@ def _run(config: Config, args: Job) -> None:
     _check_flags(config, args)
     checkpoint = _checkpoint(config, args)
     output.check_free(args.out)
-    held = _lock(args) if args.out.is_dir() else None  # before anything of another job is removed
+    held = _lock(config, args) if args.out.is_dir() else None  # before anything of another job is removed
     source = _Source(config, args)
     if args.redo or output.half_removed(args.out):
         output.remove(args.out)
     source.look()
     args.out.mkdir(parents=True, exist_ok=True)
-    held = held or _lock(args)
+    held = held or _lock(config, args)
     shards = source.shards(args.out)
-    with _setup(args):
+    with _setup(config, args):
         found = _claim(config, args, shards, checkpoint)
     settings = _settings(config, args, checkpoint, output.stored_job(args.out))
-    again = 0 if args.join else found.retry(args.retry_failed)
+    again = 0 if config.caption.join else found.retry(args.retry_failed)
     before = found.tally.rows
     lost, had = _caption(settings, args, shards, found)
-    if args.join:
+    if config.caption.join:
         found = Output(args.out)
         source.listing.unlink(missing_ok=True)
     elif not lost:
@@ -160,27 +157,27 @@ def _run(config: Config, args: Job) -> None:
 
 def _check_flags(config: Config, args: Job) -> None:
     if config.caption.best_of > 1 and not (args.verify or args.drop_refuted):
-        raise ConfigError("caption.best_of needs the scores of --verify", mend="add --verify")
-    if args.join and (args.redo or args.retry_failed or args.format != "parquet"):
+        raise ConfigError("caption.best_of needs the scores of --verify", fix="add --verify")
+    if config.caption.join and (args.redo or args.retry_failed or args.format != "parquet"):
         raise ConfigError(
-            "--join does not go with --redo, --retry-failed or --format",
-            mend="give the command without --join, before or after it",
+            "caption.join does not go with --redo, --retry-failed or --format",
+            fix="give the command without it, before or afterwards",
         )
 
 
-def _lock(args: Job) -> object:
+def _lock(config: Config, args: Job) -> object:
     """Holds the output as long as it is referred to; RunError where another job does."""
-    return lock(args.out, "output", "--out", shared=args.join)
+    return lock(args.out, "output", "--out", shared=config.caption.join)
 
 
-def _setup(args: Job) -> AbstractContextManager[object]:
+def _setup(config: Config, args: Job) -> AbstractContextManager[object]:
     """One machine at a time says what the job is."""
-    return FileLock(args.out / ".setup") if args.join else nullcontext()
+    return FileLock(args.out / ".setup") if config.caption.join else nullcontext()
 
 
 def _claim(config: Config, args: Job, shards: list[ShardRef], checkpoint: Path) -> Output:
     job = _job(config, args, shards, checkpoint)
-    if args.join and output.stored_job(args.out) == job:
+    if config.caption.join and output.stored_job(args.out) == job:
         return Output(args.out)  # which another machine has claimed, and may be working in
     return output.claim(args.out, job, [shard.mark for shard in shards])
 
@@ -191,7 +188,7 @@ class _Source:
     def __init__(self, config: Config, args: Job):
         drawn = laboratory.of_source(args.input) is not None
         self.spec = str(resolve(args.input, cache=args.out / ".scenes")) if drawn else args.input
-        self.rows, self.join = config.caption.shard_rows, args.join
+        self.rows, self.join = config.caption.shard_rows, config.caption.join
         self.others: Counter[str] = Counter()
         self.listing = Path()
 
@@ -214,17 +211,25 @@ def _checkpoint(config: Config, args: Job) -> Path:
     path = checkpoint_path(named)
     if not path.is_dir():
         raise CheckpointError(
-            "no such checkpoint directory", where=str(path), mend="name one with --checkpoint DIR"
+            "no such checkpoint directory", where=str(path), fix="name one with --checkpoint DIR"
         )
     return path
 
 
 def _settings(config: Config, args: Job, checkpoint: Path, job: dict[str, Any]) -> Settings:
     verify = args.verify or args.drop_refuted
-    refute = args.drop_refuted
-    return Settings(
-        config, checkpoint, job["checkpoint"], job["config"], verify, refute, out=args.out.absolute()
-    )
+    refute, asked = args.drop_refuted, _verifier(config, args) if verify else None
+    made = job["checkpoint"], job["config"]
+    return Settings(config, checkpoint, *made, verify, refute, out=args.out.absolute(), verifier=asked)
+
+
+def _verifier(config: Config, args: Job) -> Path | None:
+    """The run whose verifier is asked. Raises RunError where the one that is named has none."""
+    if config.caption.verifier:
+        Verifier.load(Path(config.caption.verifier))
+        return Path(config.caption.verifier).absolute()
+    run = args.run.path if isinstance(args.run, Run) else Path(args.run)
+    return run.absolute() if settings_of(run).is_file() else None
 
 
 def _job(config: Config, args: Job, shards: list[ShardRef], checkpoint: Path) -> dict[str, Any]:
@@ -240,6 +245,9 @@ def _job(config: Config, args: Job, shards: list[ShardRef], checkpoint: Path) ->
         "verify": args.verify or args.drop_refuted,
         "drop": config.caption.drop if args.drop_refuted else None,
     }
+    asked = _verifier(config, args) if settings["verify"] else None
+    if asked:
+        settings["verifier"] = hash_path(settings_of(asked))
     files = _stamps(checkpoint)
     before = output.stored_job(args.out)
     # hashing a large checkpoint takes minutes: its hash is kept with the files' sizes and times
@@ -282,7 +290,7 @@ def _caption(
         watch = Watch(settings.config.caption, found, shards=len(shards), images=images, bar=bar)
         before = watch.before
         pool, workers = _pool(settings, args, missing)
-        leases = Leases(args.out / output.LEASES) if args.join else None
+        leases = Leases(args.out / output.LEASES) if settings.config.caption.join else None
         coordinator = Coordinator(pool, workers, iter(shards), settings, found, watch, leases)
         state = "failed"
         try:
@@ -355,14 +363,14 @@ def _judge(found: Output, config: Config, lost: list[tuple[str, str]]) -> None:
         raise Refused(
             f"{len(lost)} shards could not be read, and their rows are missing; {name}: {reason}",
             where=str(found.out),
-            mend="mend or remove the shards; the same command reads them again",
+            fix="fix or remove the shards; the same command reads them again",
         )
     failed, rows = found.tally.failed, found.tally.rows
     if failed > config.max_failed * rows:
         raise Refused(
             f"{failed} of {rows} images failed, more than max_failed = {config.max_failed:.1%}",
             where=str(found.out),
-            mend="all rows are written: see their errors, mend the images or allow more with --max-failed",
+            fix="all rows are written: see their errors, fix the images or allow more with --max-failed",
         )
 
 
@@ -380,7 +388,8 @@ def _estimate(config: Config, args: Job) -> None:
     checkpoint = _checkpoint(config, args)
     shards = _Source(config, args).shards()
     verify = args.verify or args.drop_refuted
-    settings = Settings(config, checkpoint, "", "", verify, args.drop_refuted)
+    asked = _verifier(config, args) if verify else None
+    settings = Settings(config, checkpoint, "", "", verify, args.drop_refuted, verifier=asked)
     engine = make_engine(checkpoint, config)
     try:
         found = estimate(settings, engine, shards, args.estimate)

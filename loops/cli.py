@@ -54,6 +54,9 @@ COMMANDS: dict[str, Command] = {
     "caption": Command(
         "loops.caption:caption", "Caption a data set of any size; resumable", (*_ENGINE, "caption")
     ),
+    "verify": Command(
+        "loops.verify:verify", "Check captions that somebody else wrote, claim by claim", (*_ENGINE, "golden")
+    ),
     "evaluate": Command(
         "loops.evaluate:evaluate",
         "Score captioners on held-out images, with confidence intervals",
@@ -65,10 +68,16 @@ COMMANDS: dict[str, Command] = {
     "serve": Command(
         "loops.serve:serve", "Start a vLLM server with the right flags for a captioner", _ENGINE
     ),
-    "data stats": Command("loops.data:stats", "Print the numbers of a data set"),
-    "data convert": Command("loops.data:convert", "Write captions in another format"),
-    "data filter": Command("loops.data:filter", "Drop captions that were cut off or repeat across images"),
-    "data reformulate": Command("loops.data:reformulate", "Turn prose captions into shorthand", ("tool",)),
+    "data prepare": Command("loops.data.photographs:prepare", "Copy photographs, with a table to fill in"),
+    "data check": Command("loops.data.photographs:check", "Name what a set of captions lacks"),
+    "data boxes": Command("loops.data.photographs:boxes", "Make questions and facts of COCO's boxes"),
+    "data stats": Command("loops.data.stats:stats", "Print the numbers of a data set"),
+    "data convert": Command("loops.data.convert:convert", "Write captions in another format"),
+    "data filter": Command("loops.data.curate:filter", "Drop images and captions by rules"),
+    "data reformulate": Command(
+        "loops.data.make:reformulate", "Turn prose captions into shorthand", ("tool",)
+    ),
+    "data questions": Command("loops.data.make:questions", "Make a balanced yes/no set from captions"),
     "scenes": Command("loops.scenes:scenes", "Draw procedural scenes as an image folder"),
     "study": Command("loops.study:study", "Measure a claim of the method on scenes, over several seeds"),
     "demo": Command(
@@ -90,7 +99,7 @@ HELP = ("-h", "--help", "--help-all")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0 done, 2 the user can mend it, 3 refused, 128 + N: a signal."""
+    """Run a command; returns the exit code: 0 done, 2 the user can fix it, 3 refused, 128 + N: a signal."""
     words = list(sys.argv[1:] if argv is None else argv)
     return _guarded(lambda: _run(words))
 
@@ -154,8 +163,8 @@ def _run(words: list[str]) -> int:
         print(_help(name, asked == "--help-all", after[0] if after else None))
         return 0
     if name not in PARALLEL and _processes() > 1:
-        mend = "start it without torchrun or accelerate launch"
-        raise ConfigError(f"captioner {name} runs in one process", mend=mend)
+        fix = "start it without torchrun or accelerate launch"
+        raise ConfigError(f"captioner {name} runs in one process", fix=fix)
     verb = load(command)
     module = sys.modules[verb.__module__]
     rest, toml, overrides = _split_fields(rest)
@@ -181,17 +190,33 @@ def load(command: Command) -> Callable[..., Any]:
 
 def _parse(name: str, verb: Callable[..., Any], words: list[str]) -> dict[str, Any]:
     """The arguments of the verb, and ``run_dir`` and ``dry_run``. Raises ConfigError."""
-    from cyclopts import CycloptsError, UnusedCliTokensError
+    from cyclopts import CycloptsError, UnknownOptionError, UnusedCliTokensError
 
     try:
         _, bound, _ = _app(name, verb).parse_args(words, print_error=False, exit_on_error=False)
     except UnusedCliTokensError as error:
         what = f"unexpected argument {' '.join(error.unused_tokens or ())}"
-        raise ConfigError(what, mend=f"captioner {name} --help") from error
+        raise ConfigError(what, fix=f"captioner {name} --help") from error
+    except UnknownOptionError as error:
+        flag = str(error.token.keyword)
+        raise ConfigError(f"Unknown option: {flag}", fix=_meant(name, flag)) from error
     except CycloptsError as error:
-        raise ConfigError(str(error), mend=f"captioner {name} --help") from error
+        raise ConfigError(str(error), fix=f"captioner {name} --help") from error
     bound.apply_defaults()
     return dict(bound.arguments)
+
+
+def _meant(name: str, flag: str) -> str:
+    """The flag or the setting of the command that is most like an unknown flag."""
+    from captioner.config import nearest
+
+    flags = [f"--{parameter.replace('_', '-')}" for parameter in flags_of(COMMANDS[name])]
+    near = difflib.get_close_matches(flag, [*flags, "--run", "--dry-run"], n=1, cutoff=0.75)
+    sections = COMMANDS[name].sections
+    field = nearest(f"{name if name in sections else ''}.{flag.lstrip('-').replace('-', '_')}")
+    if not near and field.partition(".")[0] in sections:
+        near = [f"--{field}"]
+    return f"did you mean {near[0]}?" if near else f"captioner {name} --help"
 
 
 def _app(command: str, verb: Callable[..., Any]) -> App:
@@ -285,7 +310,7 @@ def _split_fields(words: list[str]) -> tuple[list[str], Path | None, dict[str, s
             overrides[field] = text
         elif word.endswith(".toml") and not word.startswith("-"):
             if toml is not None:
-                raise ConfigError("two config files", where=f"{toml} and {word}", mend="name one")
+                raise ConfigError("two config files", where=f"{toml} and {word}", fix="name one")
             toml = Path(word)
         else:
             rest.append(word)
@@ -314,8 +339,8 @@ def _overview(group: str) -> str:
     names = [name for name in COMMANDS if group in ("", *HELP) or name.startswith(f"{group} ")]
     if not names:
         near = difflib.get_close_matches(group, COMMANDS, n=1)
-        mend = f"did you mean `captioner {near[0]}`?" if near else "`captioner --help` lists the commands"
-        raise ConfigError(f"unknown command {group}", mend=mend)
+        fix = f"did you mean `captioner {near[0]}`?" if near else "`captioner --help` lists the commands"
+        raise ConfigError(f"unknown command {group}", fix=fix)
     rows = [f"  {name:18}{COMMANDS[name].help}" for name in names]
     usage = "Usage: captioner COMMAND [FILE.toml] [OPTIONS] [--section.field VALUE ...]"
     about = "Train an image captioner that corrects itself, and caption data sets with it."

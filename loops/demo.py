@@ -56,7 +56,7 @@ def demo(run: RunDir, config: Config, *, seeds: int = 1, gpus: int = 2, redo: bo
         gpus: Processes of the stages that train or sample.
         redo: Remove the results of the stages and make them anew.
     """
-    home = run.path if isinstance(run, Run) else Path(run)
+    home = Run.path_of(run)
     if seeds > 1:
         over_seeds(config, home, seeds, redo=redo, gpus=gpus)
     else:
@@ -139,7 +139,7 @@ def baselines(run: Run) -> Baselines:
     for entry in evaluate.run_entries(run, config)[:2]:
         _, rows = evaluate.caption(run, entry, folder, images)
         kept = [
-            row.model_copy(update={"caption": _without(row.caption, entry.prose, distrusted)})
+            row.model_copy(update={"caption": without(row.caption, entry.prose, distrusted)})
             for row in rows
             if row.caption is not None
         ]
@@ -148,7 +148,7 @@ def baselines(run: Run) -> Baselines:
     return found
 
 
-def _without(caption: str, prose: bool, kinds: Collection[str]) -> str:
+def without(caption: str, prose: bool, kinds: Collection[str]) -> str:
     """A caption of a scene, in shorthand, without the statements of some kinds."""
     statements = scenes.parse_prose(caption) if prose else split_statements(caption)
     return ", ".join(text for text in statements if text and scenes.kind_of(text) not in kinds)

@@ -16,11 +16,12 @@ from captioner.config import Config, TrainingConfig
 from captioner.errors import RunError
 from captioner.fit import distributed
 from captioner.method import pairs as pairing
-from captioner.records import Claim, Golden, Pair
+from captioner.method import rounds, verdicts
+from captioner.records import Golden, Pair
 from captioner.runs import Run, RunDir, Shards, Stage, hash_path, input_of, is_main, remove_dir
 from captioner.sources import resolve
 from captioner.sources.folder import read_folder
-from captioner.statements import normalise
+from captioner.statements import normalise, statement_spans
 from loops.stages import StagePlan, begin
 
 
@@ -31,7 +32,7 @@ def plan(run: Run, round: int) -> list[StagePlan]:
     inputs: dict[str, Path | str] = {"captioner": run.current_captioner(round)}
     inputs |= {"golden": home / "golden", "pairs": home / "pairs", "images": _images(run, round)}
     if (config.dpo.refuted_weight, config.dpo.confirmed_weight) != (1.0, 1.0):
-        inputs["claims"] = home / "claims"
+        inputs |= rounds.judged(home)
     if config.dpo.alarms.every and config.dpo.alarms.max_kl:
         inputs["origin"] = run.captioner_dir(0)
     return [StagePlan(f"round-{round}/dpo", inputs, section, outputs=[home / "captioner"])]
@@ -73,8 +74,8 @@ def _train(run: Run, stage: Stage, round: int) -> None:
     target = run.captioner_dir(round)
     rows = Shards(pairs, Pair).read_all()
     if not rows:
-        mend = "look at the claims; --pairs.min_refuted 0 pairs every sample"
-        raise RunError("the round has no pairs", where=str(pairs), mend=mend)
+        fix = "look at the claims; --pairs.min_refuted 0 pairs every sample"
+        raise RunError("the round has no pairs", where=str(pairs), fix=fix)
     with distributed.main_first(config.model.device):  # the held-out scenes may have to be drawn
         rows, seen = linted(run, rows, start)
     print("pairs: " + ", ".join(f"{_short(count)} {name}" for name, count in seen.items()))
@@ -86,13 +87,13 @@ def _train(run: Run, stage: Stage, round: int) -> None:
         if not reference.is_dir():
             metrics = golden_sft(config, start, captions, rows, paths, stage.dir / "golden-sft", reference)
         distributed.barrier()  # rank 0 publishes the reference
-    judged = verdicts(inputs["claims"]) if "claims" in inputs else {}
+    judged = verdicts_of(inputs["claims"].parent) if "claims" in inputs else {}
     metrics |= prefer(config, reference, rows, paths, stage.dir, target, inputs.get("origin"), judged)
     if not is_main():
         return
     shutil.rmtree(stage.dir / "golden-sft" / "checkpoints", ignore_errors=True)
     shutil.rmtree(stage.dir / "checkpoints")
-    steps = config.dpo.training.steps
+    steps = int(metrics["steps"])
     where = reference.relative_to(run.path)
     stage.finish(
         {"pairs": len(rows), "steps": steps, "golden_sft_steps": config.dpo.golden_sft_steps},
@@ -124,10 +125,10 @@ def linted(run: Run, rows: Sequence[Pair], checkpoint: Path) -> tuple[list[Pair]
     return pairing.lint(rows, token_ids, held_out, run.config.pairs)
 
 
-def verdicts(claims: Path) -> dict[str, dict[str, str]]:
-    """The verdict on each statement (normalised) of each image, from the claims of a round."""
+def verdicts_of(home: Path) -> dict[str, dict[str, str]]:
+    """The verdict on each statement (normalised) of each image, from the round in ``home``."""
     found: dict[str, dict[str, str]] = {}
-    for claim in Shards(claims, Claim).read_all():
+    for claim in verdicts.read(home):
         found.setdefault(claim.key, {})[normalise(claim.text)] = claim.verdict
     return found
 
@@ -154,14 +155,24 @@ def golden_sft(
     from captioner.models import fuse, model, render
 
     dpo = config.dpo
-    training = _seeded(config, steps=dpo.golden_sft_steps, learning_rate=dpo.golden_sft_learning_rate)
+    training = _seeded(
+        config,
+        max_steps=dpo.golden_sft_steps,
+        num_train_epochs=None,
+        learning_rate=dpo.golden_sft_learning_rate,
+    )
     captioner = model.load(config.model.model_copy(update={"path": str(start)}))
     train.tune(captioner, dpo.tuning, None, training.seed)
     own: dict[str, list[str]] = {}
     for pair in pairs:
         own.setdefault(pair.key, []).append(pair.rejected)
-    said = [[golden.text, *own.get(golden.key, [])[: dpo.golden_sft_samples]] for golden in captions]
-    targets = [[train.Target(None, text) for text in texts] for texts in said]
+    targets = [
+        [
+            train.Target(None, each.sft_text or each.text, silent_parts(each)),
+            *(train.Target(None, text) for text in own.get(each.key, [])[: dpo.golden_sft_samples]),
+        ]
+        for each in captions
+    ]
     keys = [golden.key for golden in captions]
     images = train.TrainingImages(keys, [paths[key] for key in keys], lambda index, _rng: targets[index])
     out.mkdir(exist_ok=True)
@@ -171,6 +182,17 @@ def golden_sft(
     if is_main():
         fuse.export(captioner, reference, train.ADAPTER)
     return {f"golden_sft_{name}": value for name, value in metrics.items()}
+
+
+def silent_parts(golden: Golden) -> tuple[tuple[int, int], ...]:
+    """The characters of a golden caption's SFT text that are not learned, with the separator before them."""
+    text, silent = golden.sft_text or golden.text, {normalise(each) for each in golden.silent}
+    parts, before = [], 0
+    for start, stop, _ in statement_spans(text):
+        if normalise(text[start:stop]) in silent:
+            parts.append((before, stop))
+        before = stop
+    return tuple(parts)
 
 
 def prefer(
@@ -213,7 +235,7 @@ def prefer(
     return metrics
 
 
-def _seeded(config: Config, **changes: float) -> TrainingConfig:
+def _seeded(config: Config, **changes: float | None) -> TrainingConfig:
     seed = config.seed + config.dpo.training.seed
     return config.dpo.training.model_copy(update={"seed": seed, **changes})
 

@@ -12,8 +12,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ from rich.table import Table
 
 from captioner import prompts
 from captioner.config import Config, SamplingConfig
-from captioner.engines import CaptionRequest, make_engine
+from captioner.engines import make_engine
 from captioner.errors import CheckpointError, ConfigError, DataError, Refused, RunError
 from captioner.judges import metrics
 from captioner.judges.appoint import Pool, appoint
@@ -31,7 +31,8 @@ from captioner.judges.base import Comparison, Said
 from captioner.judges.metrics import Counts, Interval
 from captioner.judges.verifier import pooled
 from captioner.method import qa
-from captioner.records import Candidate, CaptionRow
+from captioner.pipeline import stages
+from captioner.records import Candidate, CaptionRow, Failed
 from captioner.report.report import cell
 from captioner.runs import (
     Run,
@@ -45,9 +46,8 @@ from captioner.runs import (
     progress,
 )
 from captioner.sources import questions, resolve
-from captioner.sources.folder import ImageRow, load_row, read_folder
-from captioner.views import BadImage
-from loops.stages import StagePlan
+from captioner.sources.folder import ImageRow, read_folder
+from loops.stages import StagePlan, opened
 
 COLUMNS = {
     "precision": "Precision",
@@ -112,16 +112,16 @@ def evaluate(
     Raises:
         Refused: more than `max_failed` of the images or questions failed.
     """
-    run = Run.open(run, config, create=bool(checkpoint))
-    entries, source, where = _what(run, round, checkpoint)
-    if questions:
-        ask(run, entries, questions, where / "questions.json")
-        return where / "questions.json"
-    if round is not None:
-        summary = evaluate_round(run, round, redo=redo).summary
-    else:
-        summary = score(run, entries, source, redo=redo).summary
-        atomic_write_json(where / "evaluation.json", summary)
+    with opened(run, config, create=bool(checkpoint)) as run:
+        entries, source, where = _what(run, round, checkpoint)
+        if questions:
+            ask(run, entries, questions, where / "questions.json")
+            return where / "questions.json"
+        if round is not None:
+            summary = evaluate_round(run, round, redo=redo).summary
+        else:
+            summary = score(run, entries, source, redo=redo).summary
+            atomic_write_json(where / "evaluation.json", summary)
     print_table(summary)
     print(
         f"{len(summary['captioners'])} captioners on {summary['images']} images: {where / 'evaluation.json'}"
@@ -177,7 +177,7 @@ def round_entries(run: Run, number: int) -> list[Entry]:
         raise RunError(
             f"round {number} has no captioner yet",
             where=str(made),
-            mend=f"captioner iterate --round {number} --run {run.path}",
+            fix=f"captioner iterate --round {number} --run {run.path}",
         )
     return [Entry("start", run.current_captioner(number)), Entry(f"round {number}", made)]
 
@@ -185,7 +185,7 @@ def round_entries(run: Run, number: int) -> list[Entry]:
 def _existing(path: Path) -> Path:
     if not path.is_dir():
         raise CheckpointError(
-            "no such checkpoint directory", where=str(path), mend="name an exported captioner"
+            "no such checkpoint directory", where=str(path), fix="name an exported captioner"
         )
     return path
 
@@ -202,7 +202,7 @@ def ask(run: Run, entries: Sequence[Entry], source: str, out: Path) -> None:
     rows, _ = questions.read_any(data, run.config.max_failed)
     rows = [row for row in rows if any(map(qa.is_yes_no, row.questions or []))]
     if not rows:
-        raise DataError("no image has yes/no questions", where=str(data), mend="give --questions others")
+        raise DataError("no image has yes/no questions", where=str(data), fix="give --questions others")
     tables = {}
     for entry in entries:
         engine = make_engine(entry.checkpoint, run.config)
@@ -213,7 +213,7 @@ def ask(run: Run, entries: Sequence[Entry], source: str, out: Path) -> None:
         answers = [each for each in asked if math.isfinite(each.p_yes)]
         lost = f"{len(asked) - len(answers)} of {len(asked)} questions have no answer by {entry.name}"
         if len(asked) - len(answers) > run.config.max_failed * len(asked):
-            raise Refused(lost, where=source, mend="look at the engine's messages; --max-failed allows more")
+            raise Refused(lost, where=source, fix="look at the engine's messages; --max-failed allows more")
         table = qa.accuracy_table(answers)
         qa.print_table(table, entry.name)
         tables[entry.name] = {name: asdict(row) for name, row in table.items()}
@@ -329,7 +329,7 @@ def caption(
         raise Refused(
             f"{failed} of {len(rows)} images failed, max_failed is {config.max_failed:.1%}: {reasons}",
             where=str(stage.dir),
-            mend="mend the images, or allow more with --max_failed",
+            fix="fix the images, or allow more with --max_failed",
         )
     if not stage.done:
         stage.finish({"images": len(rows), "failed": failed}, captioner_name=entry.name)
@@ -355,52 +355,31 @@ def _fill(
     sampling = SamplingConfig(
         temperature=temperature, max_tokens=config.evaluate.max_tokens, seed=config.seed
     )
+    total = len(starts) * SHARD_ROWS
     try:
-        with progress(f"captions by {entry.name}", len(starts) * SHARD_ROWS) as bar:
+        with stages.images(engine, config) as pictures, progress(f"captions by {entry.name}", total) as bar:
             for start in starts:
-                reader = _Reader(images[start : start + SHARD_ROWS], bar.advance)
-                said = {own[0].key: own for own in engine.sample(reader.requests(), samples or 1, sampling)}
-                rows = []
-                for row in reader.images:
-                    error = reader.errors.get(row.key)
-                    made = said.get(row.key, [None] * (samples or 1))
-                    rows += [_row(row.key, each, error, model_hash, name) for each in made]
-                shards.write(start // SHARD_ROWS, rows)
+                part = images[start : start + SHARD_ROWS]
+                made: dict[str, list[Candidate] | Failed] = {}
+                for row, said in stages.caption_images(engine, part, samples or 1, sampling, pictures):
+                    made[row.key] = said
+                    bar.advance()
+                rows = (_rows(row.key, made[row.key], samples or 1, model_hash, name) for row in part)
+                shards.write(start // SHARD_ROWS, [each for own in rows for each in own])
     finally:
         engine.close()
 
 
-def _row(key: str, made: Candidate | None, error: str | None, model: str, name: str) -> CaptionRow:
-    error = error or (made.error if made else None)
-    return CaptionRow(
-        id=made.sample if made else "",
-        key=key,
-        caption=made.text if made and not error else None,
-        finish_reason=made.finish_reason if made else None,
-        tokens=made.tokens if made else None,
-        model=model,
-        config=name,
-        error=error,
-    )
-
-
-@dataclass
-class _Reader:
-    """Reads images as the engine asks for them; one that cannot be read becomes an error, not a request."""
-
-    images: Sequence[ImageRow]
-    advance: Callable[[int], None]
-    errors: dict[str, str] = field(default_factory=dict)  # key -> reason
-
-    def requests(self) -> Iterator[CaptionRequest]:
-        for row in self.images:
-            self.advance(1)
-            try:
-                image, sha = load_row(row)
-            except BadImage as error:
-                self.errors[row.key] = error.reason
-                continue
-            yield CaptionRequest(row.key, image, sha)
+def _rows(key: str, made: list[Candidate] | Failed, samples: int, model: str, name: str) -> list[CaptionRow]:
+    """One row per sample of an image."""
+    about: dict[str, Any] = {"key": key, "model": model, "config": name}
+    if isinstance(made, Failed):
+        about |= {"id": made.sample, "caption": None, "finish_reason": None, "tokens": None}
+        return [CaptionRow(error=made.reason, **about)] * samples
+    return [
+        CaptionRow(id=c.sample, caption=c.text, finish_reason=c.finish_reason, tokens=c.tokens, **about)
+        for c in made
+    ]
 
 
 # ---------------------------------------------------------------- the table

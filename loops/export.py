@@ -55,7 +55,7 @@ def export(
         redo: Replace a checkpoint that is there.
 
     Raises:
-        RunError: something that is no checkpoint stands at `out`.
+        RunError: something other than a checkpoint stands at `out`.
     """
     from captioner.models import adapters, checkpoint, fuse, model, soft_prompt
 
@@ -74,7 +74,7 @@ def export(
     if adapter and (adapter / soft_prompt.FILE).is_file():
         soft_prompt.load(captioner, adapter)
     elif adapter and name is None:
-        raise RunError("the directory holds no adapter", where=str(adapter), mend="name RUN/sft/adapter")
+        raise RunError("the directory holds no adapter", where=str(adapter), fix="name RUN/sft/adapter")
     captioner.views = config.views.over(captioner.views)
     made = adapter.parent if adapter else source.parent
     origin = {"source": source.name, "source sha256": hash_path(source)}
@@ -143,5 +143,5 @@ def _check_free(out: Path, redo: bool) -> None:
     raise RunError(
         "there is something at the place to write",
         where=str(out),
-        mend="name another --out, or add --redo to replace a checkpoint",
+        fix="name another --out, or add --redo to replace a checkpoint",
     )

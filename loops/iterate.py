@@ -17,7 +17,6 @@ from typing import Any
 
 from captioner.config import Config
 from captioner.errors import ConfigError, Refused, RunError
-from captioner.judges import asking
 from captioner.judges.gate import Decision, decide
 from captioner.runs import Run, RunDir, atomic_write_json
 from loops import dpo, evaluate, golden, qa
@@ -29,7 +28,12 @@ STEPS: tuple[Callable[..., object], ...] = (qa.qa, golden.golden, dpo.dpo)
 def plan(run: Run, round: int, rounds: str | None = None) -> list[StagePlan]:
     """What the stages of the (first) round read, are made with and write."""
     number = _numbers(rounds)[0] if rounds else round
-    return [*qa.plan(run, number), *golden.plan(run, number), *dpo.plan(run, number)]
+    return [
+        *qa.plan(run, number),
+        *golden.plan(run, number),
+        *dpo.plan(run, number),
+        *qa.plan_judge(run),
+    ]
 
 
 def iterate(
@@ -77,7 +81,7 @@ def _numbers(rounds: str) -> list[int]:
     first, _, last = rounds.partition("-")
     if first.isdigit() and (last or first).isdigit() and 1 <= int(first) <= int(last or first):
         return list(range(int(first), int(last or first) + 1))
-    raise ConfigError(f"rounds {rounds!r} must be a range of whole numbers from 1", mend="--rounds 1-3")
+    raise ConfigError(f"rounds {rounds!r} must be a range of whole numbers from 1", fix="--rounds 1-3")
 
 
 def run_round(
@@ -89,7 +93,7 @@ def run_round(
         raise RunError(
             f"round {number} needs round {number - 1}, which has not been done",
             where=str(earlier),
-            mend=f"captioner iterate --round {number - 1} --run {run.path}",
+            fix=f"captioner iterate --round {number - 1} --run {run.path}",
         )
     run.current_captioner(number)  # names the missing command before anything is done
     for step in STEPS:
@@ -99,7 +103,7 @@ def run_round(
 
 def gate(run: Run, number: int, *, accept_unjudged: bool = False) -> None:
     """Compare the captioner of a round with its start; write gate.json. Raises Refused if it may not stay."""
-    if asking.trained(run.config) and not accept_unjudged:
+    if not accept_unjudged:
         qa.judge(run)
     summary, _, [step] = evaluate.evaluate_round(run, number)
     decision = decide(step, run.config.gate, accept_unjudged=accept_unjudged)
@@ -111,13 +115,13 @@ def gate(run: Run, number: int, *, accept_unjudged: bool = False) -> None:
         raise Refused(
             f"the gate refused round {number}: {'; '.join(why)}",
             where=str(run.path / f"round-{number}" / "gate.json"),
-            mend=_mend(number, decision, summary["captioners"][0]["checkpoint"]),
+            fix=_fix(number, decision, summary["captioners"][0]["checkpoint"]),
         )
     word = " unjudged" if decision.unjudged else ""
     print(f"round {number} is promoted{word}: {run.captioner_dir(number)}")
 
 
-def _mend(number: int, decision: Decision, start: str) -> str:
+def _fix(number: int, decision: Decision, start: str) -> str:
     stays = f"the captioner stays {start}"
     if decision.unjudged:
         return (
@@ -126,7 +130,7 @@ def _mend(number: int, decision: Decision, start: str) -> str:
             f"or look at what both say in `captioner report` and take the round on your own word: "
             f"captioner iterate --round {number} --accept-unjudged"
         )
-    return f"{stays}; more images, other thresholds or a gentler dpo section with --redo may mend the round"
+    return f"{stays}; more images, other thresholds or a gentler dpo section with --redo may fix the round"
 
 
 def _record(run: Run, number: int, summary: dict[str, Any], decision: Decision) -> None:

@@ -10,19 +10,17 @@ from __future__ import annotations
 import random
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from captioner.config import AdapterTuning, Config, QAConfig
-from captioner.errors import DataError
 from captioner.fit import distributed
 from captioner.fit.rows import usable
 from captioner.judges import asking
-from captioner.method import golden
 from captioner.method import qa as method
+from captioner.method import reask
 from captioner.runs import Run, RunDir, Stage, atomic_write_json, checkpoint_path, is_main
-from captioner.sources import questions
 from captioner.sources.folder import ImageRow
 from captioner.views import View, load_image
 from loops.stages import StagePlan, begin
@@ -30,8 +28,6 @@ from loops.stages import StagePlan, begin
 if TYPE_CHECKING:
     from captioner.engines import Engine
     from captioner.fit.train import Target, TrainingImages
-
-ENOUGH = 20  # questions that asking again must decide before it is believed
 
 
 def plan(run: Run, round: int) -> list[StagePlan]:
@@ -70,23 +66,30 @@ def qa(run: RunDir, config: Config, round: int = 1, *, redo: bool = False, gpus:
     return stage.dir
 
 
+def plan_judge(run: Run) -> list[StagePlan]:
+    """The same of the verifier that judges at the gates, where the run trains one."""
+    config = run.config
+    inputs: dict[str, Path | str] = {
+        "captioner": checkpoint_path(config.model.path),
+        "data": config.qa.data,
+    }
+    return [StagePlan(asking.HOME, inputs, _section(config))] if asking.trained(config) else []
+
+
 def judge(run: Run) -> None:
     """Train the verifier that judges at the gates of this run, once: from the base, on the half of the QA
-    images that no round's verifier sees."""
-    inputs: dict[str, Path | str] = {
-        "captioner": checkpoint_path(run.config.model.path),
-        "data": run.config.qa.data,
-    }
-    stage = begin(run, StagePlan(asking.HOME, inputs, _section(run.config)))
-    if not stage.done:
-        _make(run.config, stage, "the judge")
+    images that no round's verifier sees. Nothing where something else tells."""
+    for planned in plan_judge(run):
+        stage = begin(run, planned)
+        if not stage.done:
+            _make(run.config, stage, "the judge")
 
 
 def _make(config: Config, stage: Stage, what: str) -> None:
     """Train the verifier, measure it and finish the stage."""
     start, data = stage.inputs["captioner"], stage.inputs["data"]
     seed = config.seed + config.qa.training.seed
-    rows, read = read_rows(data, config, seed)
+    rows, read = method.read_rows(data, config.max_failed, seed)
     rows = usable(rows, lambda row: None, stage.dir, config, [])
     rows = share_of(config, rows, judge=stage.name == asking.HOME)
     learned, held = method.split([row.key for row in rows], config.qa.holdout, seed)
@@ -98,6 +101,7 @@ def _make(config: Config, stage: Stage, what: str) -> None:
         return
     accuracies, calibration, again = measure(config, verifier, [rows[i] for i in held])
     atomic_write_json(stage.dir / "calibration.json", calibration.model_dump())
+    atomic_write_json(stage.dir / method.HELD_OUT, [rows[i].key for i in held])
     atomic_write_json(
         stage.dir / "accuracy.json", {name: asdict(scores) for name, scores in accuracies.items()}
     )
@@ -149,22 +153,6 @@ def train_verifier(config: Config, start: Path, rows: Sequence[ImageRow], out: P
     return metrics
 
 
-def read_rows(data: Path, config: Config, seed: int) -> tuple[list[ImageRow], dict[str, int]]:
-    """Images with yes/no questions, and counts of what a question file holds.
-
-    Raises DataError where there are none, Refused where too many rows of a file cannot be used.
-    """
-    rows, counts = questions.read_any(data, config.max_failed)
-    if counts:
-        asked = method.balance([row.questions or [] for row in rows], seed)
-        rows = [replace(row, questions=[dict(q) for q in own]) for row, own in zip(rows, asked, strict=True)]
-    rows = [row for row in rows if any(map(method.is_yes_no, row.questions or []))]
-    if not rows:
-        mend = "give the folder's metadata a column questions with yes/no answers"
-        raise DataError("no image has yes/no questions", where=str(data), mend=mend)
-    return rows, counts
-
-
 def training_images(rows: Sequence[ImageRow], config: QAConfig) -> TrainingImages:
     """Yes/no questions of every image, drawn anew each time it is seen.
 
@@ -200,13 +188,13 @@ def measure(
     raw, blind = method.ask(engine, rows), method.ask(engine, rows, blind=True)
     calibration = method.calibrate(raw, config.qa.band_accuracy)
     answers = method.scaled(raw, calibration.temperature)
-    plan = golden.square_plan(verifier, config.views)
+    plan = reask.square_plan(verifier, config.views)
     again = {way: ask_again(engine, rows, answers, way, plan, calibration) for way in ("view", "wording")}
     engine.close()
     helpful = [
         way
         for way, one in again.items()
-        if one["decided"] >= ENOUGH and one["right"] >= config.qa.band_accuracy
+        if one["decided"] >= method.ENOUGH and one["right"] >= config.qa.band_accuracy
     ]
     keys = [row.key for row in rows for question in row.questions or [] if method.is_yes_no(question)]
     table = method.accuracy_table(method.cross_fitted(raw, keys), blind)
@@ -233,7 +221,7 @@ def ask_again(
     for index, row in enumerate(rows):
         for question in filter(method.is_yes_no, row.questions or []):
             answer, text = next(flat), question["question"]
-            second = golden.second_question(way, text, method.question_text(question), plan)
+            second = reask.second_question(way, text, method.question_text(question), plan)
             if second and method.undecided(answer.p_yes, calibration):
                 asked.setdefault((index, second[0]), []).append((answer, second[1]))
     batches = (

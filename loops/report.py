@@ -17,6 +17,7 @@ from captioner import views
 from captioner.config import Config, ViewsConfig
 from captioner.errors import RunError
 from captioner.judges import facts
+from captioner.method import verdicts
 from captioner.records import Candidate, CaptionRow, Claim, Golden, Planted, Record, Unasked
 from captioner.report import report as html
 from captioner.report.report import ClaimShown, Curve, ImageShown, Report, RoundShown, Truth
@@ -50,7 +51,7 @@ def report(run: RunDir, config: Config, *, images: int = IMAGES) -> Path:
     run = Run.open(run, config, create=False)
     page = collect(run, images)
     if not (page.evaluation or page.rounds or page.curves):
-        raise RunError("nothing to report yet", where=str(run.path), mend=f"captioner sft --run {run.path}")
+        raise RunError("nothing to report yet", where=str(run.path), fix=f"captioner sft --run {run.path}")
     target = run.path / "report.html"
     atomic_write_text(target, html.render_html(page))
     print(f"{html.verdict(page)}")
@@ -87,7 +88,7 @@ def collect(run: Run, images: int = IMAGES) -> Report:
 
 def _round(home: Path) -> RoundShown:
     flow: dict[str, Counter[str]] = defaultdict(Counter)
-    for claim in _rows(home / "claims", Claim):
+    for claim in verdicts.read(home):
         flow[claim.kind][claim.verdict] += 1
     unasked = len(_rows(home / "claims" / "unasked", Unasked))
     if unasked:
@@ -120,7 +121,7 @@ def _of_round(run: Run, home: Path, limit: int) -> list[ImageShown]:
     folder = input_of(home / "candidates", "images")
     if folder is None or not folder.is_dir():
         return []
-    samples, claims = _by_key(_rows(home / "candidates", Candidate)), _by_key(_rows(home / "claims", Claim))
+    samples, claims = _by_key(_rows(home / "candidates", Candidate)), _by_key(verdicts.read(home))
     golden = {row.key: row.text for row in _rows(home / "golden", Golden)}
     examples = (_json(home / "evaluation.json") or {}).get("examples", [])
     names = ("before", "after")[: len(examples)]
@@ -216,7 +217,7 @@ def _line(file: Path, line: str) -> Any:
     try:
         return json.loads(line)
     except ValueError as error:
-        raise RunError("a line is not JSON", where=str(file), mend="remove that line") from error
+        raise RunError("a line is not JSON", where=str(file), fix="remove that line") from error
 
 
 def _json(path: Path) -> Any:

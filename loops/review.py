@@ -85,12 +85,12 @@ def review_claims(run: Run, round: int, *, count: int = 200, kind: str | None = 
         raise RunError(
             f"Round {round} has no claims yet.",
             where=str(home),
-            mend=f"captioner golden --round {round} --run {run.path}",
+            fix=f"captioner golden --round {round} --run {run.path}",
         )
     rows = claims.read_all()
     if kind is not None and kind not in (kinds := sorted({row.kind or "other" for row in rows})):
         raise ConfigError(
-            f"No claim is of kind {kind!r}.", where="--kind", mend=f"One of: {', '.join(kinds)}."
+            f"No claim is of kind {kind!r}.", where="--kind", fix=f"One of: {', '.join(kinds)}."
         )
     rows = [row for row in rows if kind in (None, row.kind or "other")]
     items = reviewing.choose(rows, count, run.config.seed)
@@ -124,7 +124,7 @@ def review_pairs(
         raise DataError(
             "The two data sets have no image with different captions.",
             where=f"{first}, {second}",
-            mend="Caption the same images with both captioners.",
+            fix="Caption the same images with both captioners.",
         )
     folder = resolve(source or run.config.evaluate.data, run)
     images = {row.key: row.path for row in read_folder(folder, captions=False)}
@@ -153,7 +153,7 @@ def serve(make_app: Any, port: int) -> None:
             listener.listen()  # whoever reads the address may connect at once
         except OSError as error:
             raise ConfigError(
-                f"Port {port} cannot be used: {error.strerror}.", where="--port", mend="Name another port."
+                f"Port {port} cannot be used: {error.strerror}.", where="--port", fix="Name another port."
             ) from error
         print(f"Open http://{HOST}:{listener.getsockname()[1]}/{token}/ and stop with Ctrl-C.", flush=True)
         server = uvicorn.Server(uvicorn.Config(make_app(token), log_level="warning", access_log=False))

@@ -54,11 +54,11 @@ def scenes(
     target = architecture or out
     if target is None:
         raise ConfigError(
-            "no folder to write", where="--out", mend="captioner scenes --split test --count 200 --out FOLDER"
+            "no folder to write", where="--out", fix="captioner scenes --split test --count 200 --out FOLDER"
         )
     if target.exists():
         raise ConfigError(
-            "the folder exists already", where=str(target), mend="name a new --out, or remove it first"
+            "the folder exists already", where=str(target), fix="name a new --out, or remove it first"
         )
     if architecture:
         write_architecture(target, config.seed)

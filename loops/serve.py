@@ -54,7 +54,7 @@ def serve(run: RunDir, config: Config, checkpoint: str, *, host: str = "127.0.0.
         raise EngineError(
             f"the interpreter does not start: {error.strerror}",
             where=words[0],
-            mend="--engine.vllm_python names one that has vLLM",
+            fix="--engine.vllm_python names one that has vLLM",
         ) from error
     stopped = False
 
@@ -74,7 +74,7 @@ def serve(run: RunDir, config: Config, checkpoint: str, *, host: str = "127.0.0.
             raise EngineError(
                 f"the server ended with code {server.returncode} before it answered",
                 where=shlex.join(words),
-                mend="see its messages above; --engine.vllm_python names an interpreter that has vLLM",
+                fix="see its messages above; --engine.vllm_python names an interpreter that has vLLM",
             )
         code = server.wait()
         return 0 if stopped else code
@@ -132,7 +132,7 @@ def _check_free(host: str, port: int) -> None:
     except OSError:
         return
     raise EngineError(
-        "the port is taken", where=_url(host, port), mend="name another --port, or stop what is there"
+        "the port is taken", where=_url(host, port), fix="name another --port, or stop what is there"
     )
 
 

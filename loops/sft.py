@@ -1,10 +1,10 @@
 """captioner sft [FILE.toml] [--gpus N]: supervised fine-tuning of the captioner.
 
-Teaches the base the style of the captions: adapters, LoRA or named parts and a soft prompt on a frozen base,
-or the whole model (``sft.tuning.type``). Writes sft/adapter (but for ``full``), sft/captioner (a stock
+Teaches the base the style of the captions. Trains adapters, LoRA or named parts and a soft prompt on a frozen
+base, or the whole model (``sft.tuning.type``). Writes sft/adapter (but for ``full``), sft/captioner (a stock
 checkpoint; of adapters for parallel ones only) and sft/metrics.jsonl. ``--gpus N`` trains in N processes, as
-torchrun and accelerate launch do: with as many batches a step as one process with N times the accumulation.
-Of ``full`` each process then holds a part (``sft.tuning.shard``).
+torchrun and accelerate launch do; a step then has N times as many batches as in one process. With ``full``
+tuning each process holds a shard of the model (``sft.tuning.shard``).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from captioner.fit import distributed
 from captioner.fit.rows import usable
 from captioner.runs import Run, RunDir, Stage, checkpoint_path, is_main
 from captioner.sources.folder import ImageRow, read_folder
-from loops.stages import StagePlan, begin
+from loops.stages import StagePlan, begin, opened
 
 if TYPE_CHECKING:
     from captioner.fit.train import Target, TrainingImages
@@ -50,14 +50,14 @@ def sft(run: RunDir, config: Config, *, redo: bool = False, gpus: int = 1) -> Pa
     if distributed.wanted(gpus):
         distributed.launch("sft", run, config, gpus, redo=redo)
         return Run.open(run, config).stage_dir("sft")
-    with distributed.main_first(config.model.device):
-        run = Run.open(run, config)
+    with opened(run, config) as run:
         [planned] = plan(run)
-        stage = begin(run, planned, redo)
-    if stage.done:
-        print(f"sft was done before: {stage.dir}")
-        return stage.dir
-    _train(config, stage)
+        with distributed.main_first(config.model.device):
+            stage = begin(run, planned, redo)
+        if stage.done:
+            print(f"sft was done before: {stage.dir}")
+        else:
+            _train(config, stage)
     return stage.dir
 
 
@@ -93,9 +93,9 @@ def _train(config: Config, stage: Stage) -> None:
         adapters.save(captioner, adapter, stage.dir / "adapter")
     if captioner.soft_prompt_ids:
         soft_prompt.save(captioner, stage.dir / "adapter")
-    counts = {"images": len(images), "steps": training.steps}
+    counts = {"images": len(images), "steps": int(metrics["steps"])}
     if sft.tuning.type == "adapters" and sft.tuning.placement != "parallel":
-        print(f"sft: {sft.tuning.placement} adapters are no part of a stock checkpoint: no sft/captioner")
+        print(f"sft: a stock checkpoint cannot hold {sft.tuning.placement} adapters: no sft/captioner")
     else:
         card: dict[str, Any] = {
             "Training": {"base": inputs["model"].name, "sft": sft.model_dump(mode="json")}
@@ -108,7 +108,7 @@ def _train(config: Config, stage: Stage) -> None:
     losses = "".join(
         f", {name} {metrics[name]:.4f}" for name in ("loss", "validation_loss") if name in metrics
     )
-    print(f"sft: {training.steps} steps on {len(images)} images{losses}: {stage.dir}")
+    print(f"sft: {counts['steps']} steps on {len(images)} images{losses}: {stage.dir}")
 
 
 def _lacking(row: ImageRow, columns: Sequence[str]) -> str | None:

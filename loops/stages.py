@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from captioner import sources
-from captioner.errors import RunError
-from captioner.runs import Run, Stage
+from captioner.config import Config
+from captioner.errors import CaptionerError, RunError
+from captioner.fit import distributed
+from captioner.runs import Run, RunDir, Stage, is_main, remove_dir
 
 # which command makes a stage of a round; `captioner` is made by a whole round
 MADE_BY = {
@@ -22,6 +25,7 @@ MADE_BY = {
     "candidates": "golden",
     "planted": "golden",
     "claims": "golden",
+    "verdicts": "golden",
     "golden": "golden",
     "pairs": "golden",
     "dpo": "dpo",
@@ -33,11 +37,31 @@ MADE_BY = {
 class StagePlan:
     """One stage: its inputs, the settings that change its results, and its outputs."""
 
-    name: str  # directory in the run, such as round-1/qa; "" for a command that is no stage of a run
+    name: str  # directory in the run, such as round-1/qa; "" for a command that is not a stage of a run
     inputs: Mapping[str, Path | str]  # a Path, or a data source as the config names it
     section: Mapping[str, Any] = field(default_factory=dict)
     outputs: Sequence[Path] = ()  # beside the stage's directory
     starts: str = ""  # the command that is started, where that is all
+
+
+@contextmanager
+def opened(place: RunDir, config: Config, create: bool = True) -> Iterator[Run]:
+    """Open a run, or make it; one that is made here goes again where its first command makes nothing."""
+    fresh = not (Run.path_of(place) / "run.json").is_file()
+    with distributed.main_first(config.model.device):
+        run = Run.open(place, config, create)
+    try:
+        yield run
+    except CaptionerError:
+        if fresh and is_main() and not _made(run):
+            remove_dir(run.path)
+        raise
+
+
+def _made(run: Run) -> bool:
+    """Whether the run holds more than its description, drawn scenes and stages that were only begun."""
+    files = (path.relative_to(run.path) for path in run.path.rglob("*") if path.is_file())
+    return any(f.parts[0] != "data" and f.name not in ("run.json", "begun.json", ".lock") for f in files)
 
 
 def begin(run: Run, plan: StagePlan, redo: bool = False) -> Stage:
@@ -57,7 +81,7 @@ def check(run: Run, plan: StagePlan, made_before: Sequence[Path] = ()) -> None:
     for name, at in plan.inputs.items():
         if not exists(run, at) and not _within(at, made_before):
             user = f"stage {plan.name}" if plan.name else "the command"
-            raise RunError(f"{user} needs {name}, which does not exist", where=str(at), mend=_fix(run, at))
+            raise RunError(f"{user} needs {name}, which does not exist", where=str(at), fix=_fix(run, at))
 
 
 def exists(run: Run, at: Path | str) -> bool:

@@ -47,8 +47,8 @@ def study(run: RunDir, config: Config, name: Name, *, seeds: int = 3, out: Path 
         out: Write the table to this file, too.
     """
     if seeds < 1:
-        raise ConfigError(f"--seeds {seeds} must be at least 1", mend="--seeds 3")
-    home = run.path if isinstance(run, Run) else Path(run)
+        raise ConfigError(f"--seeds {seeds} must be at least 1", fix="--seeds 3")
+    home = Run.path_of(run)
     tables = []
     for each in _names(name):
         measured = importlib.import_module(f"loops.studies.{each}")
@@ -75,8 +75,8 @@ def measure(study: ModuleType, config: Config, home: Path, seed: int) -> Results
     if done.is_file():
         stored = json.loads(done.read_text(encoding="utf-8"))
         if stored["config"] != config.model_dump(mode="json"):
-            mend = "name another --run DIR, or restore the settings"
-            raise ConfigError("this study was begun with other settings", where=str(done), mend=mend)
+            fix = "name another --run DIR, or restore the settings"
+            raise ConfigError("this study was begun with other settings", where=str(done), fix=fix)
         results: Results = stored["arms"]
         if stored["complete"]:
             return results

@@ -264,7 +264,7 @@ def test_damaged_adapter_is_refused(spoil: str, tmp_path: Path) -> None:
     add(captioner, "captioner", 5, 7)
     adapters.save(captioner, "captioner", tmp_path)
     (tmp_path / spoil).write_bytes((tmp_path / spoil).read_bytes()[:40])
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with pytest.raises(CheckpointError, match=r"cannot be read|not JSON"):
         adapters.load(tiny_captioner(), "captioner", tmp_path)
 
 
@@ -352,7 +352,7 @@ def test_soft_prompt_of_another_width_is_refused(tmp_path: Path) -> None:
     save_file({"soft_prompt": torch.zeros(3, 65)}, tmp_path / soft_prompt.FILE)
     with pytest.raises(CheckpointError, match="width is 64"):
         soft_prompt.load(tiny_captioner(), tmp_path)
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with pytest.raises(CheckpointError, match=r"cannot be read|not JSON"):
         soft_prompt.load(tiny_captioner(), tmp_path / "missing")
 
 

@@ -40,7 +40,7 @@ FLAGS = [
     str(TOKENS),
     "--caption.shard_rows",
     str(SHARD_ROWS),
-    "--engine.batch_size",
+    "--engine.max_num_seqs",
     "3",
     "--caption.prepare_processes",
     "0",
@@ -195,7 +195,7 @@ def test_an_image_without_caption_is_a_failed_row(images: Path) -> None:
 def test_captions_do_not_depend_on_shards_or_batches(images: Path, tmp_path: Path, checkpoint: Path) -> None:
     sampling = ["--caption.sampling.temperature", "1.0"]
     assert caption(images, tmp_path / "one", checkpoint, *sampling) == 0
-    other = ["--caption.shard_rows", "100", "--engine.batch_size", "64"]
+    other = ["--caption.shard_rows", "100", "--engine.max_num_seqs", "64"]
     assert caption(images, tmp_path / "two", checkpoint, *sampling, *other) == 0
     one, two = (list(read_captions(tmp_path / name)) for name in ("one", "two"))
     assert one == two and len({row.caption for row in one}) > 5

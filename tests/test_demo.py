@@ -24,7 +24,7 @@ from captioner.runs import Run
 from loops import demo, iterate
 from tests import tiny
 
-TRAINING = {"steps": 2, "batch_size": 4, "save_steps": 2, "log_steps": 1}
+TRAINING = {"max_steps": 2, "per_device_train_batch_size": 4, "save_steps": 2, "logging_steps": 1}
 
 
 def small(home: Path) -> dict[str, Any]:
@@ -198,7 +198,7 @@ def test_the_table_shows_what_needs_no_training(made: Run) -> None:
     scene = scenes.sample("test", 3)
     prose, said = scenes.prose(scene, 3), scenes.shorthand(scene)
     for text, is_prose in ((prose, True), (said, False)):
-        kept = demo._without(text, is_prose, {"mark", "relation"})
+        kept = demo.without(text, is_prose, {"mark", "relation"})
         kinds = {scenes.kind_of(part) for part in kept.split(", ")}
         assert kinds and not kinds & {"mark", "relation"}
         assert scenes.judge(kept, scene).false == 0

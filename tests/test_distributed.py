@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -34,11 +35,11 @@ FIELDS = {
     "sft.questions_per_image": "2",
     "sft.multi_view_share": "0.5",
     "sft.soft_prompt.length": "3",
-    "sft.training.steps": "16",
-    "sft.training.batch_size": "1",
+    "sft.training.max_steps": "16",
+    "sft.training.per_device_train_batch_size": "1",
     "sft.training.learning_rate": "3e-3",
     "sft.training.save_steps": "4",
-    "sft.training.log_steps": "1",
+    "sft.training.logging_steps": "1",
 }
 MAIN = "import sys; from loops.cli import main; sys.exit(main(sys.argv[1:]))"
 
@@ -73,7 +74,7 @@ def test_two_processes_equal_one_with_twice_the_accumulation_and_a_killed_rank_s
 ) -> None:
     tiny_checkpoint(tmp_path / "base")
     fields = FIELDS | {"model.path": str(tmp_path / "base")}
-    one: Config = load(None, fields | {"sft.training.accumulation": "2"})
+    one: Config = load(None, fields | {"sft.training.gradient_accumulation_steps": "2"})
     sft.sft(tmp_path / "one", one)
 
     two = start(tmp_path / "two", fields, "--gpus", "2")
@@ -85,7 +86,7 @@ def test_two_processes_equal_one_with_twice_the_accumulation_and_a_killed_rank_s
     assert two.returncode == 2, said
     assert said.splitlines() == [
         "rank 1 of 2 was killed by signal 9; the others were stopped",
-        "  mend:  the same command goes on from the last checkpoint",
+        "  fix:   the same command goes on from the last checkpoint",
     ]
     assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
 
@@ -114,10 +115,12 @@ def test_two_processes_fill_the_shards_of_a_round_with_the_rows_of_one(tmp_path:
     golden.golden(tmp_path / "two", config, 1, gpus=2)
     files = [path.relative_to(tmp_path / "one") for path in (tmp_path / "one/round-1").rglob("*.parquet")]
     assert sum(path.parent.name in ("candidates", "claims", "pairs") for path in files) == 9
+    count = Counter[str]()
     for file in files:
         rows = [pq.read_table(tmp_path / name / file).to_pylist() for name in ("one", "two")]
         assert rows[0] == rows[1], file
-        assert rows[0] or file.parent.name not in ("candidates", "claims", "pairs"), file
+        count[file.parent.name] += len(rows[0])
+    assert all(count[name] for name in ("candidates", "claims", "pairs"))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the ranks in /proc")
@@ -140,8 +143,8 @@ def test_full_tuning_in_parts_under_torchrun(tmp_path: Path) -> None:
     """Sharded over two processes that are killed on the way: the losses and the checkpoint of one process."""
     tiny_checkpoint(tmp_path / "base")
     fields = FIELDS | {"model.path": str(tmp_path / "base"), "sft.tuning.type": "full"}
-    fields |= {"sft.training.steps": "8", "sft.training.patience": "9"}
-    one: Config = load(None, fields | {"sft.training.accumulation": "2"})
+    fields |= {"sft.training.max_steps": "8", "sft.training.early_stopping_patience": "9"}
+    one: Config = load(None, fields | {"sft.training.gradient_accumulation_steps": "2"})
     sft.sft(tmp_path / "one", one)
 
     two = start(tmp_path / "two", fields, launcher=TORCHRUN)
@@ -201,15 +204,17 @@ def test_sharded_parameters_and_the_model_that_comes_out(half: bool) -> None:
 
 
 def test_a_message_of_another_rank_is_passed_on(tmp_path: Path) -> None:
-    """Two images, the second of which cannot be read; with a batch of one it is rank 0's or rank 1's."""
+    """Of two images one breaks after it was looked at; with a batch of one it is rank 0's or rank 1's."""
     tiny_checkpoint(tmp_path / "base")
     from captioner.lab import grid as scenes
 
     scenes.write("sft", 2, tmp_path / "images")
     bad = sorted((tmp_path / "images" / "images").glob("*.png"))[1]
-    bad.write_bytes(b"no image")
     fields = FIELDS | {"model.path": str(tmp_path / "base"), "sft.data": str(tmp_path / "images")}
     broken = start(tmp_path / "run", fields | {"sft.validation": "none"}, "--gpus", "2")
+    while broken.poll() is None and not list((tmp_path / "run").glob("sft/failed/*.parquet")):
+        time.sleep(0.01)
+    bad.write_bytes(b"no image")
     _, said = broken.communicate(timeout=400)
     assert broken.returncode == 2
     assert said.count("bad image") == 1 and "captioner sft ended with exit code 2" in said
@@ -220,7 +225,7 @@ def test_fewer_gpus_than_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     with pytest.raises(ConfigError, match="--gpus 3, and there are 1") as caught:
         distributed.launch("sft", "run", Config(), 3)
-    assert caught.value.mend == "--gpus 1"
+    assert caught.value.fix == "--gpus 1"
 
 
 def test_other_commands_refuse_several_processes(

@@ -31,7 +31,7 @@ def requests(count: int = 4) -> list[CaptionRequest]:
 
 
 def engine(captioner: Captioner, batch_size: int = 64) -> HFEngine:
-    return HFEngine(captioner, ViewsConfig(), EngineConfig(batch_size=batch_size))
+    return HFEngine(captioner, ViewsConfig(), EngineConfig(max_num_seqs=batch_size))
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

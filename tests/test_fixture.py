@@ -36,14 +36,14 @@ def adapted() -> Captioner:
 
 
 def captions(captioner: Captioner) -> list[str]:
-    engine = HFEngine(captioner, ViewsOverride(), EngineConfig(batch_size=4))
+    engine = HFEngine(captioner, ViewsOverride(), EngineConfig(max_num_seqs=4))
     requests = [CaptionRequest(str(i), picture, f"{i:064x}") for i, picture in enumerate(PICTURES)]
     greedy = SamplingConfig(temperature=0.0, max_tokens=48)
     return [row[0].text for row in engine.sample(requests, 1, greedy)]
 
 
 def p_yes(verifier: Captioner) -> list[list[float]]:
-    engine = HFEngine(verifier, ViewsOverride(), EngineConfig(batch_size=4))
+    engine = HFEngine(verifier, ViewsOverride(), EngineConfig(max_num_seqs=4))
     batches = [QuestionBatch(picture, EXPECTED["questions"]) for picture in PICTURES]
     return [[answer.p_yes for answer in row] for row in engine.p_yes(batches)]
 

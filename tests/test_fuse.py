@@ -310,10 +310,10 @@ def test_export_command_verifies_and_tells_of_the_training(
         "sft.validation": "none",
         "sft.tuning.type": "lora",
         "sft.tuning.parts": "merger",
-        "sft.training.log_steps": "1",
+        "sft.training.logging_steps": "1",
         "sft.soft_prompt.length": "2",
-        "sft.training.steps": "2",
-        "sft.training.batch_size": "1",
+        "sft.training.max_steps": "2",
+        "sft.training.per_device_train_batch_size": "1",
     }
     config = load(None, fields)
     run = tmp_path / "run"
@@ -342,12 +342,12 @@ def test_sequential_adapters_are_trained_and_not_exported(
         "sft.data": "scenes:sft:2",
         "sft.validation": "none",
         "sft.tuning.placement": "sequential",
-        "sft.training.steps": "1",
-        "sft.training.batch_size": "1",
+        "sft.training.max_steps": "1",
+        "sft.training.per_device_train_batch_size": "1",
     }
     config = load(None, fields)
     sft.sft(tmp_path / "run", config)
-    assert "no part of a stock checkpoint" in capsys.readouterr().out
+    assert "cannot hold sequential adapters" in capsys.readouterr().out
     home = tmp_path / "run" / "sft"
     assert (home / "stage.json").is_file() and not (home / "captioner").exists()
     with pytest.raises(ConfigError, match="sequential adapter cannot be exported"):

@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -23,13 +25,16 @@ from hypothesis import strategies as st
 from captioner import views
 from captioner.config import Config, GoldenConfig, ViewsConfig, ViewsOverride
 from captioner.engines import YesNo
-from captioner.errors import ConfigError, Refused, RunError
+from captioner.errors import ConfigError, DataError, Refused, RunError
 from captioner.lab import grid as scenes
-from captioner.method import golden, planted, qa
-from captioner.method.golden import Thresholds
+from captioner.method import claims as ledger
+from captioner.method import golden, planted, planting, qa, reask, rounds, verdicts
+from captioner.method.candidates import mark
+from captioner.method.claims import NO_STATEMENT, NOT_FINITE, OVER_LIMIT, UNCHECKABLE, select
 from captioner.method.tool import Rules
-from captioner.records import Candidate, Claim, Failed, Golden, Pair, Planted, Unasked
-from captioner.runs import Run, Shards
+from captioner.method.verdicts import Thresholds
+from captioner.records import Candidate, Claim, Failed, Golden, Pair, Planted, Unasked, Verdict
+from captioner.runs import Run, Shards, hash_path
 from captioner.statements import is_one_statement, normalise, split_statements
 from loops import golden as loop
 
@@ -48,7 +53,7 @@ def candidate(k: int, text: str, finish_reason: str = "stop") -> Candidate:
 def claim(text: str, p_yes: float, candidates: tuple[int, ...] = (0,), expected: str = "yes") -> Claim:
     return Claim(
         sample="s", key="i", text=text, kind="", candidates=list(candidates), question=f"{text}?",
-        expected=expected, p_yes=p_yes, label_mass=1.0, verdict="abstain", verifier="v", view="all",
+        expected=expected, p_yes=p_yes, label_mass=1.0, verifier="v", view="all",
     )  # fmt: skip
 
 
@@ -71,8 +76,8 @@ def test_of_claims_that_exclude_each_other_the_likeliest_stays() -> None:
     ]
     said = [each.model_copy(update={"slot": scenes.slot_of(each.text)}) for each in said]
     other = said[0].model_copy(update={"key": "j"})
-    thresholds = golden.Thresholds(keep=0.6, drop=0.4, distrusted={"mark": "chance"})
-    judged = golden.judge([*said, other], thresholds)
+    thresholds = verdicts.Thresholds(keep=0.6, drop=0.4, distrusted={"mark": "chance"})
+    judged = verdicts.judge([*said, other], thresholds)
     assert [each.verdict for each in judged] == [
         *("drop", "keep", "drop"),  # one shape in the north: the likeliest, not the one of most samples
         *("drop", "keep"),  # as likely: that of more samples
@@ -80,7 +85,9 @@ def test_of_claims_that_exclude_each_other_the_likeliest_stays() -> None:
         "keep",  # another image
     ]
     assert judged[0].why == "0.700, and north ring has 0.900"
-    assert golden.judge(judged, golden.Thresholds(0.95, 0.4))[1].verdict == "abstain"  # again from the start
+    assert (
+        verdicts.judge(judged, verdicts.Thresholds(0.95, 0.4))[1].verdict == "abstain"
+    )  # again from the start
 
 
 @pytest.mark.parametrize(
@@ -88,7 +95,7 @@ def test_of_claims_that_exclude_each_other_the_likeliest_stays() -> None:
     [(0.0, "drop"), (0.39, "drop"), (0.4, "abstain"), (0.59, "abstain"), (0.6, "keep"), (1.0, "keep")],
 )
 def test_verdict(p: float, verdict: str) -> None:
-    assert golden.verdict(p, keep=0.6, drop=0.4) == verdict
+    assert verdicts.verdict(p, keep=0.6, drop=0.4) == verdict
 
 
 BOUNDS = Thresholds(0.6, 0.4)
@@ -97,19 +104,19 @@ BOUNDS = Thresholds(0.6, 0.4)
 @pytest.mark.parametrize("p", [float("nan"), -0.1, 1.1])
 def test_verdict_refuses_what_is_no_probability(p: float) -> None:
     with pytest.raises(ValueError, match="not a probability"):
-        golden.verdict(p, keep=0.6, drop=0.4)
+        verdicts.verdict(p, keep=0.6, drop=0.4)
 
 
 @given(st.floats(0, 1), st.floats(0, 1), st.floats(0.01, 0.99), st.floats(0.01, 0.99))
 def test_a_more_certain_claim_fares_no_worse(p: float, q: float, keep: float, drop: float) -> None:
     order = ["drop", "abstain", "keep"]
     low, high = sorted((p, q))
-    first, second = (golden.verdict(x, max(keep, drop), min(keep, drop)) for x in (low, high))
+    first, second = (verdicts.verdict(x, max(keep, drop), min(keep, drop)) for x in (low, high))
     assert order.index(first) <= order.index(second)
 
 
 def test_a_claim_that_no_confirms_is_judged_by_no() -> None:
-    kept, dropped = golden.judge([claim("a", 0.1, expected="no"), claim("b", 0.1)], BOUNDS)
+    kept, dropped = verdicts.judge([claim("a", 0.1, expected="no"), claim("b", 0.1)], BOUNDS)
     assert (kept.verdict, dropped.verdict) == ("keep", "drop")
     assert (kept.why, dropped.why) == ("0.900 is at least 0.600", "0.100 is below 0.400")
 
@@ -121,10 +128,10 @@ def test_a_distrusted_kind_always_abstains() -> None:
         for each in (claim("a", 0.9), claim("b", 0.1))
         for kind in ("mark", "color")
     ]
-    judged = golden.judge(claims, bounds)
+    judged = verdicts.judge(claims, bounds)
     assert [each.verdict for each in judged] == ["abstain", "keep", "abstain", "drop"]
     assert [each.why for each in judged if each.kind == "mark"] == ["not trusted with mark"] * 2
-    [middle] = golden.judge([claim("c", 0.5)], bounds)
+    [middle] = verdicts.judge([claim("c", 0.5)], bounds)
     assert middle.why == "0.500 is between"
 
 
@@ -192,7 +199,7 @@ def asked_round(
 def test_votes_and_answers_make_a_calibrated_probability() -> None:
     """Without knowing one answer of the round, of kinds where the verifier is good and where it is weak."""
     claims, known, truth = asked_round(random.Random(0), {"color": 2.0, "size": 1.0}, 2000)
-    weighed = golden.weigh(claims, 8, known, {})
+    weighed = verdicts.weigh(claims, 8, verdicts.tells(known), {})
 
     def right(probabilities: list[float]) -> float:
         return sum((p >= 0.5) == true for p, true in zip(probabilities, truth, strict=True)) / len(truth)
@@ -206,21 +213,21 @@ def test_votes_and_answers_make_a_calibrated_probability() -> None:
     for kind in ("color", "size"):  # the share of true ones is found, though two thirds were answered "yes"
         own = [each.p_true or 0.0 for each in weighed if each.kind == kind]
         assert sum(own) / len(own) == pytest.approx(1 / 3, abs=0.05)
-    turned = [each.p_true for each in golden.weigh(claims[::-1], 8, known, {})[::-1]]
+    turned = [each.p_true for each in verdicts.weigh(claims[::-1], 8, verdicts.tells(known), {})[::-1]]
     assert turned == pytest.approx(p_true, abs=1e-3)  # up to where the iteration stops
 
 
 def test_what_is_distrusted_or_unknown() -> None:
     claims, known, _ = asked_round(random.Random(1), {"color": 2.0, "mark": 0.1, "": 2.0}, 50)
-    weighed = golden.weigh(claims, 8, [row for row in known if row.kind], {"mark": "why"})
+    weighed = verdicts.weigh(claims, 8, verdicts.tells([row for row in known if row.kind]), {"mark"})
     assert all((each.p_true is None) == (each.kind == "mark") for each in weighed)
-    assert [golden.confidence(each) for each in weighed[50:100]] == [each.p_yes for each in claims[50:100]]
-    again = golden.weigh(weighed, 8, [row for row in known if row.kind], {"mark": "why"})
+    assert [verdicts.confidence(each) for each in weighed[50:100]] == [each.p_yes for each in claims[50:100]]
+    again = verdicts.weigh(weighed, 8, verdicts.tells([row for row in known if row.kind]), {"mark"})
     assert again == weighed  # what was weighed before changes nothing
     turned = [each.model_copy(update={"expected": "no", "p_yes": 1 - each.p_yes}) for each in claims[100:]]
-    for one, other in zip(golden.weigh(turned, 8, [], {}), weighed[100:], strict=True):
+    for one, other in zip(verdicts.weigh(turned, 8, {}, {}), weighed[100:], strict=True):
         assert one.p_true == pytest.approx(other.p_true, abs=1e-6)
-    assert golden.weigh([], 8, known, {}) == []
+    assert verdicts.weigh([], 8, {}, {}) == []
 
 
 # ---- asking again
@@ -241,48 +248,31 @@ SQUARE = views.plan(1200, 1200, ViewsConfig(overlap=0.25), size=1200, factor=1)
     ],
 )
 def test_the_view_that_covers_a_claim_best(statement: str, view: str | None) -> None:
-    assert golden.best_view(statement, SQUARE) == view
+    assert reask.best_view(statement, SQUARE) == view
 
 
 def test_second_questions() -> None:
-    by = {way: golden.second_question(way, "northwest red", "Q?", SQUARE) for way in ("view", "wording")}
+    by = {way: reask.second_question(way, "northwest red", "Q?", SQUARE) for way in ("view", "wording")}
     assert by == {"view": ("top left", "Q?"), "wording": ("all", "Is there northwest red in the picture?")}
-    assert golden.second_question("wording", "Is there a dog?", "Is there a dog?", SQUARE) is None
+    assert reask.second_question("wording", "Is there a dog?", "Is there a dog?", SQUARE) is None
 
 
 def test_answers_taken_together() -> None:
     first = claim("northwest red", 0.5)
-    again = golden.asked_again(
-        first, [("top left", "Q?"), ("all", "R?")], [YesNo(0.9, 1), YesNo(0.9, 1)], 1.0
-    )
+    again = reask.asked_again(first, [("top left", "Q?"), ("all", "R?")], [YesNo(0.9, 1), YesNo(0.9, 1)], 1.0)
     logit = 2 * math.log(9) / 3
     assert again.p_yes == pytest.approx(1 / (1 + math.exp(-logit)))
     assert (again.first_p_yes, again.view) == (0.5, "top left")
-    [kept] = golden.judge([again], BOUNDS)
+    [kept] = verdicts.judge([again], BOUNDS)
     assert kept.verdict == "keep" and kept.why.endswith("asked again")
 
 
 # ---- samples
 
 
-@pytest.mark.parametrize(
-    ("text", "count"),
-    [
-        ("red cup, dog, tree", 0),
-        ("red cup, dog, a red cup, Dog", 2),
-        ("red cup, very very very very small dog", 3),
-        ("so so good, 3 cups, 13 cups", 0),
-        ("on the left on the left on the left on the left", 6),  # articles do not count
-        ("", 0),
-    ],
-)
-def test_repeats(text: str, count: int) -> None:
-    assert golden.repeats(text) == count
-
-
 def test_duplicates_are_marked_and_stay() -> None:
     texts = ["red cup, dog", "tree", "The red cup, dog, dog", "dog, red cup"]
-    marked = golden.mark([candidate(k, text) for k, text in enumerate(texts, 3)])
+    marked = mark([candidate(k, text) for k, text in enumerate(texts, 3)])
     assert [each.duplicate_of for each in marked] == [None, None, 3, None]
     assert [each.repeats for each in marked] == [0, 0, 1, 0]
     assert [each.text for each in marked] == texts
@@ -303,7 +293,7 @@ def test_abstained_claims(abstain: Any, text: str) -> None:
         claim("most", 0.5, (0, 1, 2)),
         claim("half", 0.5, (2, 3)),
     ]
-    made = golden.build(golden.judge(claims, BOUNDS), 4, GoldenConfig(abstain=abstain), words)
+    made = golden.build(verdicts.judge(claims, BOUNDS), 4, GoldenConfig(abstain=abstain), words)
     assert isinstance(made, Golden)
     assert made.text == text
     assert (made.kept, made.dropped, made.abstained, made.tokens) == (1, 1, 2, words(text))
@@ -338,14 +328,14 @@ def test_of_equals_the_later_leaves_first() -> None:
 def test_what_another_claim_says_as_well_leaves_first() -> None:
     claims = [claim("red cup", 0.99), claim("small red cup", 0.7), claim("dog", 0.8)]
     assert golden.recompose(claims, words, 5)[0] == "small red cup, dog"
-    made = golden.build(golden.judge(claims, BOUNDS), 1, GoldenConfig(max_tokens=5), words)
+    made = golden.build(verdicts.judge(claims, BOUNDS), 1, GoldenConfig(max_tokens=5), words)
     assert isinstance(made, Golden) and made.over_budget == ["red cup"]
 
 
 def test_never_empty() -> None:
     assert golden.recompose([], words, 9) == (None, [])
     assert golden.recompose([claim("too long", 0.9)], words, 1) == (None, [])
-    no, yes = golden.judge([claim("a", 0.1), claim("a b", 0.9)], BOUNDS)
+    no, yes = verdicts.judge([claim("a", 0.1), claim("a b", 0.9)], BOUNDS)
     assert golden.build([no], 1, GoldenConfig(), words) == golden.NOTHING_KEPT
     assert golden.build([yes], 1, GoldenConfig(max_tokens=1), words) == golden.OVER_BUDGET
 
@@ -353,7 +343,7 @@ def test_never_empty() -> None:
 @given(st.lists(st.text(alphabet="ab\"'()[],.; ", min_size=1, max_size=9), min_size=1, max_size=5))
 def test_a_caption_states_what_was_asked_and_nothing_else(texts: list[str]) -> None:
     """Whatever the claims look like: open quotations and brackets would swallow their neighbours."""
-    claims = golden.judge([claim(text, 0.9) for text in texts], BOUNDS)
+    claims = verdicts.judge([claim(text, 0.9) for text in texts], BOUNDS)
     made = golden.build(claims, 1, GoldenConfig(), words)
     if isinstance(made, Golden):
         asked = {normalise(text) for text in texts}
@@ -393,26 +383,26 @@ def test_select_leaves_out_what_cannot_be_asked() -> None:
         candidate(4, "red cup, tree, taken in 2019"),
         candidate(7, "red cup, tree, half a sta", "length"),
     ]
-    selection = golden.select(candidates, Rules(), max_questions=9)
+    selection = select(candidates, Rules(), max_questions=9)
     assert [(each.text, each.candidates) for each in selection.asked] == [
         ("red cup", (2, 4, 7)),
         ("dog", (2,)),
         ("tree", (4, 7)),
     ]
     assert [(each.text, why) for each, why in selection.unasked] == [
-        ("beautiful", golden.UNCHECKABLE),
-        ("taken in 2019", golden.UNCHECKABLE),
+        ("beautiful", UNCHECKABLE),
+        ("taken in 2019", UNCHECKABLE),
     ]
-    rarest_left = golden.select(candidates, Rules(), max_questions=2)
+    rarest_left = select(candidates, Rules(), max_questions=2)
     assert [each.text for each in rarest_left.asked] == ["red cup", "tree"]
     assert [(each.text, why) for each, why in rarest_left.unasked if each.text == "dog"] == [
-        ("dog", golden.OVER_LIMIT)
+        ("dog", OVER_LIMIT)
     ]
 
 
 def test_the_whole_picture_comes_first() -> None:
     said = "red cup, white background, photo on a wall, black and white photo, dog"
-    asked = golden.select([candidate(0, said)], Rules(), 9).asked
+    asked = select([candidate(0, said)], Rules(), 9).asked
     assert [each.text for each in asked] == [
         "white background", "black and white photo", "red cup", "photo on a wall", "dog"
     ]  # fmt: skip
@@ -428,7 +418,7 @@ def test_the_whole_picture_comes_first() -> None:
     ],
 )
 def test_each_round_takes_its_own_scenes(source: str, number: int, resolved: str) -> None:
-    assert loop.round_source(source, number) == resolved
+    assert rounds.round_source(source, number) == resolved
 
 
 def test_toml_holds_fields_of_the_config() -> None:
@@ -455,7 +445,7 @@ def config_of(home: Path, **fields: Any) -> Config:
         {
             "max_failed": 0.9,
             "views": {"levels": [1], "center": False},
-            "engine": {"batch_size": 8},
+            "engine": {"max_num_seqs": 8},
             "golden": settings,
             "pairs": {"min_refuted": 0},
             **fields,
@@ -507,11 +497,17 @@ def copy_of(home: Path, to: Path) -> Path:
     return to
 
 
-RECORDS = {"candidates": Candidate, "claims": Claim, "golden": Golden, "pairs": Pair}
+RECORDS = {
+    "candidates": Candidate, "claims": Claim, "verdicts": Verdict, "golden": Golden, "pairs": Pair
+}  # fmt: skip
 
 
 def rows_of(home: Path, name: str) -> list[Any]:
     return Shards(home / "run" / "round-1" / name, RECORDS[name]).read_all()
+
+
+def judged_of(home: Path) -> list[Claim]:
+    return verdicts.read(home / "run" / "round-1")
 
 
 def failures_of(home: Path, name: str) -> list[Failed]:
@@ -528,7 +524,8 @@ def no_model(*_: object, **__: object) -> Any:
 
 def test_every_image_is_a_row_or_a_counted_failure(finished: Path) -> None:
     keys = {f"images/{index:06d}" for index in range(IMAGES)}
-    candidates, claims, captions = (rows_of(finished, name) for name in loop.STAGES[:3])
+    names = ("candidates", "claims", "golden")
+    candidates, claims, captions = (rows_of(finished, name) for name in names)
     assert {row.key for row in failures_of(finished, "candidates")} == {BROKEN}
     assert manifest(finished, "candidates")["counts"] == {
         "images": IMAGES, "candidates": 3 * (IMAGES - 1), "failed": 1,
@@ -547,8 +544,8 @@ def test_every_image_is_a_row_or_a_counted_failure(finished: Path) -> None:
 
 
 def test_claims_are_judged_and_captions_follow_them(finished: Path) -> None:
-    claims = loop.by_key(rows_of(finished, "claims"))
-    candidates = loop.by_key(rows_of(finished, "candidates"))
+    claims = rounds.by_key(judged_of(finished))
+    candidates = rounds.by_key(rows_of(finished, "candidates"))
     assert {row.verdict for rows in claims.values() for row in rows} > {"keep"}
     for caption in rows_of(finished, "golden"):
         staying = [row.text for row in claims[caption.key] if row.verdict != "drop"]
@@ -583,7 +580,7 @@ def test_the_closing_counts_are_those_of_the_rows(finished: Path, capsys: pytest
 def test_the_rows_of_an_image_do_not_depend_on_its_shard(ready: Path, finished: Path, tmp_path: Path) -> None:
     home = copy_of(ready, tmp_path)
     loop.golden(home / "run", config_of(home, golden={"shard_rows": 4}), 1)
-    for name in loop.STAGES:
+    for name in rounds.STAGES:
         told, rows = rows_of(finished, name), rows_of(home, name)
         for one, other in zip(told, rows, strict=True):
             for field, value in one.model_dump().items():
@@ -612,12 +609,12 @@ KILLED = """
 """
 
 
-@pytest.mark.parametrize("name", loop.STAGES)
+@pytest.mark.parametrize("name", rounds.STAGES)
 def test_a_killed_stage_ends_with_the_same_rows(
     name: str, ready: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     home = copy_of(ready, tmp_path)
-    for earlier in loop.STAGES[: loop.STAGES.index(name)]:  # what was done before the kill
+    for earlier in rounds.STAGES[: rounds.STAGES.index(name)]:  # what was done before the kill
         shutil.copytree(finished / "run" / "round-1" / earlier, home / "run" / "round-1" / earlier)
     killed = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(KILLED), name, "1", str(home)],
@@ -627,39 +624,76 @@ def test_a_killed_stage_ends_with_the_same_rows(
     stage = home / "run" / "round-1" / name
     assert [path.name for path in sorted(stage.glob("[0-9]*"))] == ["00000.parquet"]
     assert not (stage / "stage.json").exists()
-    # claims are written once more when they are judged
-    whole = stage / "failed" / "00000.parquet" if name == "claims" else stage / "00000.parquet"
+    whole = stage / "00000.parquet"
     first = whole.stat().st_mtime_ns
-    if name in ("golden", "pairs"):
+    if name in ("verdicts", "golden", "pairs"):
         monkeypatch.setattr("captioner.models.model.load", no_model)
     loop.golden(home / "run", config_of(home), 1)
     assert whole.stat().st_mtime_ns == first
-    for each in loop.STAGES:
+    for each in rounds.STAGES:
         assert rows_of(home, each) == rows_of(finished, each)
-    for each in loop.STAGES[:3]:
+    for each in rounds.STAGES[:-1]:
         assert failures_of(home, each) == failures_of(finished, each)
 
 
 def test_rethreshold_runs_no_model(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     home = copy_of(finished, tmp_path)
     monkeypatch.setattr("captioner.models.model.load", no_model)
-    old = rows_of(home, "claims")
-    keep = max(map(golden.confidence, old))
+    old = judged_of(home)
+    keep = max(map(verdicts.confidence, old))
     with pytest.raises(RunError, match=r"keep.*\n.*\n.*--rethreshold"):
         loop.golden(home / "run", config_of(home, golden={"keep": keep}), 1)
-    assert rows_of(home, "claims") == old
+    assert judged_of(home) == old
     loop.golden(home / "run", config_of(home), 1, rethreshold=keep)
-    claims = rows_of(home, "claims")
+    claims = judged_of(home)
     assert [row.p_yes for row in claims] == [row.p_yes for row in old]
     assert sum(row.verdict == "keep" for row in claims) == 1 < sum(row.verdict == "keep" for row in old)
     assert rows_of(home, "candidates") == rows_of(finished, "candidates")
-    counts = loop.verdict_counts(claims)
+    counts = rounds.verdict_counts(claims)
     assert sum(row.kept for row in rows_of(home, "golden")) <= counts["kept"]
     assert {name: manifest(home, "pairs")["counts"][name] for name in counts} == counts
     # the threshold is now the run's: the plain command finds everything done
     loop.golden(home / "run", config_of(home, golden={"keep": keep}), 1)
     loop.golden(home / "run", config_of(home), 1, rethreshold=0.5)
-    for name in loop.STAGES:
+    for name in rounds.STAGES:
+        assert rows_of(home, name) == rows_of(finished, name)
+
+
+def test_the_ledger_never_changes(finished: Path, tmp_path: Path) -> None:
+    home = copy_of(finished, tmp_path)
+    ledger_dir = home / "run" / "round-1" / "claims"
+    before = hash_path(ledger_dir)
+    loop.golden(home / "run", config_of(home), 1, rethreshold=0.9)
+    assert hash_path(ledger_dir) == before
+    assert "verdict" not in pq.read_schema(ledger_dir / "00000.parquet").names
+    damaged = Shards(home / "run" / "round-1" / "verdicts", Verdict)
+    damaged.write(0, damaged.read(0)[1:])
+    with pytest.raises(DataError, match="do not belong together"):
+        judged_of(home)
+
+
+def test_a_round_of_0_1_opens(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its ledger holds the verdicts, and its later stages name it as their input."""
+    home = copy_of(finished, tmp_path)
+    monkeypatch.setattr("captioner.models.model.load", no_model)
+    round_1, judged = home / "run" / "round-1", judged_of(home)
+    shutil.rmtree(round_1 / "verdicts")
+    for file in sorted((round_1 / "claims").glob("[0-9]*.parquet")):
+        table, rows = pq.read_table(file), [judged.pop(0) for _ in range(pq.read_metadata(file).num_rows)]
+        for at, name in ((10, "verdict"), (14, "p_true"), (15, "why")):
+            table = table.add_column(at, name, pa.array([getattr(row, name) for row in rows]))
+        pq.write_table(table, file)
+    for name in ("golden", "pairs"):
+        told = manifest(home, name)
+        told["inputs"].pop("verdicts")
+        told["inputs"] |= {each: hash_path(round_1 / each) for each in told["inputs"]}
+        (round_1 / name / "stage.json").write_text(json.dumps(told))
+    assert judged_of(home) == judged_of(finished)
+    loop.golden(home / "run", config_of(home), 1)
+    assert not (round_1 / "verdicts").exists()
+    loop.golden(home / "run", config_of(home), 1, rethreshold=0.5)
+    assert judged_of(home) == judged_of(finished)
+    for name in ("golden", "pairs"):
         assert rows_of(home, name) == rows_of(finished, name)
 
 
@@ -719,7 +753,7 @@ def verifier_of(home: Path) -> Any:
 def test_planted_claims_are_balanced_and_judged() -> None:
     scene = scenes.sample("round", 3)
     said = [*scenes.statements(scene), "northwest nothing", "no idea"]
-    claims = planted.plant(scenes.LABORATORY, said, scene.to_json(), 30, random.Random(0))
+    claims = planting.from_facts(scenes.LABORATORY, said, scene.to_json(), 30, random.Random(0))
     assert len(claims) >= 16
     for claim_ in claims:
         assert (claim_["answer"] == "yes") == scenes.execute(claim_["question"], scene)
@@ -752,7 +786,7 @@ def test_a_verifier_turned_for_one_kind_is_caught(
     verifier = verifier_of(home)
     assert verifier["passed"] and set(verifier["distrusted"]) == {"color"}
     assert verifier["planted"]["kind color"]["accuracy"] <= 0.5
-    claims = rows_of(home, "claims")
+    claims = judged_of(home)
     assert {row.verdict for row in claims if row.kind == "color"} == {"abstain"}
     assert {row.verdict for row in claims if row.kind == "shape"} == {"keep", "drop"}
     assert all("not trusted with color" in row.why for row in claims if row.kind == "color")
@@ -761,10 +795,10 @@ def test_a_verifier_turned_for_one_kind_is_caught(
     # thresholds move, the distrust stays, and no model runs
     monkeypatch.setattr("captioner.models.model.load", no_model)
     loop.golden(home / "run", gate_config(home), 1, rethreshold=0.99)
-    assert {row.verdict for row in rows_of(home, "claims") if row.kind == "color"} == {"abstain"}
+    assert {row.verdict for row in judged_of(home) if row.kind == "color"} == {"abstain"}
     # a lower limit trusts it again
     loop.golden(home / "run", gate_config(home, min_kind_accuracy=0.0), 1, rethreshold=0.6)
-    assert "abstain" not in {row.verdict for row in rows_of(home, "claims")} or not confident
+    assert "abstain" not in {row.verdict for row in judged_of(home)} or not confident
 
 
 def test_a_verifier_trained_on_turned_labels_is_caught(tmp_path: Path) -> None:
@@ -783,7 +817,7 @@ def test_a_verifier_trained_on_turned_labels_is_caught(tmp_path: Path) -> None:
         if question["kind"] == "color" and qa.is_yes_no(question):
             question["answer"] = "no" if question["answer"] == "yes" else "yes"
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "asked" / "metadata.parquet")
-    training = {"steps": 80, "batch_size": 8, "learning_rate": 5e-3, "save_steps": 80}
+    training = {"max_steps": 80, "per_device_train_batch_size": 8, "learning_rate": 5e-3, "save_steps": 80}
     config = Config.model_validate({"views": {"levels": [1], "center": False}, "qa": {"training": training}})
     base = model.checkpoint_path("scenes-base")
     qa_loop.train_verifier(config, base, read_folder(tmp_path / "asked"), tmp_path / "qa")
@@ -792,10 +826,10 @@ def test_a_verifier_trained_on_turned_labels_is_caught(tmp_path: Path) -> None:
     asked = []
     for row in read_folder(tmp_path / "round"):
         said, facts = scenes.statements(scenes.Scene.from_json(row.facts or "")), row.facts or ""
-        claims = planted.plant(scenes.LABORATORY, said, facts, loop.PLANTED_PER_IMAGE, random.Random(0))
+        claims = planting.from_facts(scenes.LABORATORY, said, facts, planted.PER_IMAGE, random.Random(0))
         asked.append(ImageRow(row.key, row.path, questions=[dict(each) for each in claims]))
     engine = make_engine(tmp_path / "qa" / "captioner", config)
-    answers, failed = loop._ask_planted(engine, asked, 1.0, lambda: None)
+    answers, failed = planted.ask(engine, asked, 1.0, lambda: None)
     engine.close()
     table = qa.accuracy_table([qa.Answer(r.kind, r.stratum, r.answer, r.p_yes, 1.0) for r in answers])
     trust = planted.decide({name: vars(row) for name, row in table.items()}, {}, config.golden)
@@ -839,10 +873,12 @@ def test_a_human_checked_file_is_the_judge(scenes_home: tuple[Path, dict[str, bo
 
 
 def test_without_planted_claims_the_held_out_questions_judge(fresh: Path) -> None:
-    give_verifier(fresh, {"all": 0.9, "kind ": 0.5, "stratum swap": 0.1, "blind": 0.5})
-    loop.golden(fresh / "run", config_of(fresh), 1)
-    assert {row.verdict for row in rows_of(fresh, "claims") if row.kind == ""} == {"abstain"}
-    assert not (fresh / "run" / "round-1" / "planted").exists()
+    give_verifier(fresh, {"all": 0.9, "kind object": 0.5, "stratum swap": 0.1, "blind": 0.5})
+    loop.golden(
+        fresh / "run", config_of(fresh, max_failed=1.0, pairs={"max_dropped": 1.0, "min_refuted": 0}), 1
+    )
+    assert {row.verdict for row in judged_of(fresh) if row.kind == "object"} == {"abstain"}
+    assert Shards(fresh / "run" / "round-1" / "planted", Planted).read_all() == []
     give_verifier(fresh, {"all": 0.6})
     with pytest.raises(Refused, match=r"all: 0\.600 on 99 held-out questions, limit 0\.65"):
         loop.golden(fresh / "run", config_of(fresh), 1)
@@ -870,7 +906,7 @@ def test_undecided_claims_are_asked_again(
     fields = {"reask": ["view", "wording"], "keep": 0.6, "drop": 0.4, "min_kind_accuracy": 0.0}
     config = gate_config(home, **fields).model_copy(update={"views": ViewsOverride(overlap=0.25)})
     loop.golden(home / "run", config, 1)
-    claims = rows_of(home, "claims")
+    claims = judged_of(home)
     sizes = [row for row in claims if row.kind == "size"]
     assert sizes and all(row.first_p_yes == pytest.approx(0.49) and row.p_yes > 0.6 for row in sizes)
     assert all(row.first_p_yes is None and row.view == "all" for row in claims if row.kind != "size")
@@ -887,7 +923,7 @@ def test_what_was_not_asked_is_in_the_ledger_with_its_reason(fresh: Path) -> Non
     rows = Shards(fresh / "run" / "round-1" / "claims" / "unasked", Unasked).read_all()
     counts = manifest(fresh, "claims")["counts"]
     assert len(rows) == counts["uncheckable"] + counts["over_limit"] > 0
-    assert {row.why for row in rows} <= {golden.UNCHECKABLE, golden.OVER_LIMIT}
+    assert {row.why for row in rows} <= {UNCHECKABLE, OVER_LIMIT}
 
 
 @pytest.mark.parametrize(
@@ -960,24 +996,24 @@ def test_what_the_verifier_cannot_answer_is_a_failure(fresh: Path, monkeypatch: 
     from captioner.engines import YesNo
     from captioner.engines.hf import HFEngine
 
-    claims, p_yes = loop._claims, HFEngine.p_yes
+    fill, p_yes = ledger.fill, HFEngine.p_yes
 
     def meanwhile(*args: Any) -> None:
         shutil.copy(fresh / "images" / "images" / "000003.png", fresh / "images" / "images" / "000000.png")
-        claims(*args)
+        fill(*args)
 
     def broken(engine: HFEngine, requests: Any) -> Iterator[list[YesNo]]:
         for answers in p_yes(engine, requests):
             yield [YesNo(float("nan"), 0.0), *answers[1:]]
 
-    monkeypatch.setattr(loop, "_claims", meanwhile)
+    monkeypatch.setattr(ledger, "fill", meanwhile)
     monkeypatch.setattr(HFEngine, "p_yes", broken)
     with pytest.raises(Refused, match="5 of 5"):
         loop.golden(fresh / "run", config_of(fresh), 1)
     reasons = {row.key: row.reason for row in failures_of(fresh, "claims")}
-    assert reasons["images/000000"] == loop.CHANGED
-    assert loop.NOT_FINITE in reasons.values()
-    assert set(reasons.values()) <= {loop.CHANGED, loop.NOT_FINITE, loop.NO_STATEMENT}
+    assert reasons["images/000000"] == rounds.CHANGED
+    assert NOT_FINITE in reasons.values()
+    assert set(reasons.values()) <= {rounds.CHANGED, NOT_FINITE, NO_STATEMENT}
     assert rows_of(fresh, "claims") == []
 
 

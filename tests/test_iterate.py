@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
 
 from captioner import prompts, runs
-from captioner.config import Config
+from captioner.config import Config, ViewsConfig
 from captioner.engines import CaptionRequest
 from captioner.errors import ConfigError, DataError, Refused, RunError
 from captioner.lab import grid as scenes
 from captioner.records import Candidate, CaptionRow
 from captioner.runs import Run, Shards
+from captioner.views import ViewSpec
 from loops import evaluate, iterate, report
 from tests import tiny
 
@@ -26,6 +28,8 @@ class StandIn:
     """Captions a scene by the style written in its checkpoint; counts how often it is loaded."""
 
     loaded: ClassVar[list[str]] = []
+
+    renderer = SimpleNamespace(spec=ViewSpec(ViewsConfig(), 64, 16))
 
     def __init__(self, style: str, *_: object, prompt: str | None = None) -> None:
         self.style, self.prompt = style, prompt

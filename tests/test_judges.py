@@ -176,7 +176,7 @@ def test_every_photograph_has_facts_that_hold_and_falsehoods_that_do_not() -> No
 @pytest.mark.parametrize(
     ("text", "what"),
     [
-        ("{", "a line is no JSON"),
+        ("{", "a line is not JSON"),
         ('["red cup"]', "no file_name"),
         ('{"file_name": "a.png"}', "not a list of facts"),
         ('{"file_name": "a.png", "facts": []}', "not a list of facts"),

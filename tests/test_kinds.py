@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from captioner.method.kinds import KINDS, all_objects, kind_of, objects, swapped_words, swaps
@@ -80,6 +80,7 @@ def test_swapped_words() -> None:
 WORDS = ("a", "red", "two", "cats", "on the left", "of", "'x'", '"', "3", "dog")
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # on a busy machine
 @given(st.text(max_size=60) | st.lists(st.sampled_from(WORDS)).map(" ".join))
 def test_any_text_has_a_kind_and_its_swaps_differ(text: str) -> None:
     assert kind_of(text) in KINDS

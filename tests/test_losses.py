@@ -35,7 +35,9 @@ from loops import qa, sft
 LOSSES, RUN = Path(__file__).parent / "losses", Path(__file__).parent / "fixtures" / "run-0.1"
 WORDS = json.loads((RUN / "expected.json").read_text())
 IMAGES = sorted((RUN / "images").iterdir())
-TRAINING = TrainingConfig(steps=10, batch_size=2, learning_rate=3e-3, warmup=0.2, log_steps=1, seed=5)
+TRAINING = TrainingConfig(
+    max_steps=10, per_device_train_batch_size=2, learning_rate=3e-3, warmup_ratio=0.2, logging_steps=1, seed=5
+)
 
 
 def rows() -> list[ImageRow]:

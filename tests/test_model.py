@@ -1,6 +1,8 @@
 """Loading, refusing, building, and the fast vision path against transformers' own."""
 
+import gc
 import json
+import weakref
 from pathlib import Path
 
 import pytest
@@ -9,9 +11,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from captioner.config import ModelConfig
+from captioner.config import EngineConfig, ModelConfig, ViewsConfig
+from captioner.engines.hf import HFEngine
 from captioner.errors import CheckpointError
-from captioner.models import checkpoint, model, stock
+from captioner.models import checkpoint, model, render, stock
+from tests.test_adapters import add
+from tests.test_adapters import train as step
 from tests.tiny import VIEW_SIZE, architecture, tiny_captioner, tiny_checkpoint, tokenizer
 
 FAMILIES = list(model.FAMILIES)
@@ -86,6 +91,66 @@ def test_fast_vision_is_in_use() -> None:
     assert calls == [4, 4]  # one call a layer for all four views
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_photograph_takes_a_call_for_each_distinct_length(family: str) -> None:
+    """Six views of 4:3 have two grids, and Qwen2.5-VL's windows at their borders some more."""
+    visual = tiny_captioner(family).visual
+    grid = torch.tensor([[1, 8, 12], [1, 6, 8], [1, 6, 8], [1, 6, 8], [1, 6, 8], [1, 6, 8]])
+    calls: list[tuple[int, int]] = []
+    original = torch.nn.functional.scaled_dot_product_attention
+
+    def count(query: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        calls.append((query.shape[0], query.shape[2]))
+        return original(query, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.functional, "scaled_dot_product_attention", count)
+        visual(patches(grid), grid_thw=grid)
+    whole = [(5, 48), (1, 96)]
+    if family == "qwen2_5_vl":  # its first layer attends in windows of 4 by 4 patches
+        assert calls[-2:] == whole and len(calls) == 2 + len({length for _, length in calls[:-2]})
+    else:
+        assert calls == whole * 2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_raw_patches_are_normalised_on_the_models_side(family: str, dtype: torch.dtype) -> None:
+    captioner = tiny_captioner(family, dtype)
+    renderer = render.Renderer(captioner, ViewsConfig())
+    noise = torch.randint(0, 256, (96, 128, 3), generator=torch.Generator().manual_seed(0))
+    raw, grid = renderer.patches_batch([Image.fromarray(noise.numpy().astype("uint8"))])[0]
+    assert raw.dtype == torch.uint8 and renderer.pixels([raw]).dtype == torch.uint8
+    assert renderer.pixels([raw, renderer.normalise(raw)]).dtype == torch.float32
+    with torch.no_grad():
+        one, other = (
+            captioner.model.model.get_image_features(pixels, grid).pooler_output
+            for pixels in (raw, renderer.normalise(raw))
+        )
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    assert renderer.normalise(raw).nbytes == 8 * raw.nbytes
+
+
+def test_dropped_captioners_are_gone() -> None:
+    """Loaded, tuned, trained and dropped five times: none waits for the garbage collector."""
+    gc.collect()
+    gc.disable()
+    try:
+        left = []
+        for seed in range(5):
+            captioner = tiny_captioner(FAMILIES[seed % 3], seed=seed)
+            add(captioner, "captioner", 4, 4)
+            captioner.model.gradient_checkpointing_enable({"use_reentrant": False})
+            step(captioner)
+            engine = HFEngine(captioner, ViewsConfig(), EngineConfig())
+            engine.close()
+            left.append(weakref.ref(captioner.model))
+            del captioner
+        assert [one() for one in left] == [None] * 5
+    finally:
+        gc.enable()
+
+
 def test_random_init_draws_new_weights_of_the_same_shape(tmp_path: Path) -> None:
     base = tiny_checkpoint(tmp_path)
     one, same, other = (model.load(tmp_path, init="random", seed=seed) for seed in (1, 1, 2))
@@ -151,12 +216,12 @@ def _lacking_a_tensor(path: Path) -> None:
             lambda path: [(path / name).unlink(missing_ok=True) for name in ("tokenizer.json", "vocab.json")],
             "tokenizer.json",
         ),
-        (lambda path: (path / "tokenizer.json").write_text("{"), "tokenizer.json is no JSON"),
+        (lambda path: (path / "tokenizer.json").write_text("{"), "tokenizer.json is not JSON"),
         (
             lambda path: (path / "preprocessor_config.json").write_text('{"patch_size": "two"}'),
             "processor does not",
         ),
-        (lambda path: (path / "config.json").write_text("{"), "no JSON"),
+        (lambda path: (path / "config.json").write_text("{"), "not JSON"),
         (_truncated, "weights do not load"),
         (_lacking_a_tensor, "lack 1 tensors, model.visual.merger.linear_fc1.weight"),
     ],
@@ -167,7 +232,7 @@ def test_refuses_what_it_cannot_load(spoil, says: str, tmp_path: Path) -> None: 
     spoil(folder)
     with pytest.raises(CheckpointError, match=says) as caught:
         model.load(folder)
-    assert caught.value.where and caught.value.mend
+    assert caught.value.where and caught.value.fix
 
 
 def test_describe_trainable_folds_layers() -> None:

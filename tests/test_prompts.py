@@ -18,7 +18,7 @@ def test_shipped_prompts() -> None:
     [
         ("question", {}, r"has the slots \['statement'\], given were \[\]"),
         ("caption", {"statement": "x"}, r"has the slots \[\], given were \['statement'\]"),
-        ("captoin", {}, r"unknown prompt captoin\n.*\n  mend:  did you mean caption\?"),
+        ("captoin", {}, r"unknown prompt captoin\n.*\n  fix:   did you mean caption\?"),
         ("../caption", {}, "unknown prompt"),
     ],
 )

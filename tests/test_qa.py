@@ -124,7 +124,7 @@ def test_temperature_is_that_of_least_likelihood_loss(temperature: float) -> Non
     answers = drawn_answers(temperature, 4000)
     fitted = qa.fit_temperature(answers)
     assert fitted == pytest.approx(temperature, rel=0.1)
-    logits = torch.tensor([qa._logit(a.p_yes) for a in answers], dtype=torch.float64)
+    logits = torch.from_numpy(qa.log_odds([a.p_yes for a in answers]))
     labels = torch.tensor([float(a.expected == "yes") for a in answers], dtype=torch.float64)
 
     def loss(t: float) -> float:
@@ -217,7 +217,12 @@ def test_qa_command(tmp_path: Path) -> None:
             holdout=0.34,
             language_width=4,
             training=TrainingConfig(
-                steps=10, batch_size=2, learning_rate=3e-3, log_steps=1, save_steps=5, seed=2
+                max_steps=10,
+                per_device_train_batch_size=2,
+                learning_rate=3e-3,
+                logging_steps=1,
+                save_steps=5,
+                seed=2,
             ),
         ),
     )
@@ -263,7 +268,7 @@ def test_the_judge_learns_from_the_base_and_from_other_images(tmp_path: Path) ->
     scenes.write("validation", 2, tmp_path / "gate")
     (tmp_path / "gate" / "metadata.parquet").unlink()
     tiny_checkpoint(tmp_path / "base", seed=3)
-    training = TrainingConfig(steps=2, batch_size=2, save_steps=2, log_steps=1)
+    training = TrainingConfig(max_steps=2, per_device_train_batch_size=2, save_steps=2, logging_steps=1)
     config = Config.model_validate(
         {
             "model": {"path": str(tmp_path / "base"), "device": "cpu"},
@@ -291,7 +296,7 @@ def test_the_judge_learns_from_the_base_and_from_other_images(tmp_path: Path) ->
     loop.judge(run)  # once per run
     assert (run.path / "judge" / "stage.json").stat().st_mtime_ns == stamp
 
-    rows, _ = loop.read_rows(tmp_path / "run" / "data" / "qa-8-0", config, 0)
+    rows, _ = qa.read_rows(tmp_path / "run" / "data" / "qa-8-0", config.max_failed, 0)
     taught, judging = (loop.share_of(config, rows, judge=side) for side in (False, True))
     assert {row.key for row in taught} | {row.key for row in judging} == {row.key for row in rows}
     assert not {row.key for row in taught} & {row.key for row in judging}

@@ -17,6 +17,7 @@ from PIL import Image
 from captioner.config import Config, QAConfig, TrainingConfig
 from captioner.errors import DataError, Refused
 from captioner.lab import grid as scenes
+from captioner.method import qa
 from captioner.runs import Run
 from captioner.sources import questions
 from loops import qa as loop
@@ -218,7 +219,7 @@ def test_a_verifier_learns_from_a_question_file(tmp_path: Path) -> None:
         rows.append({"image": f"{index:06d}.png", **one})
     rows.append({**rows[-1], "question": "center red", "answer": "yes"})  # one "yes" too many
     file = write(folder / "asked.jsonl", rows)
-    training = TrainingConfig(steps=2, batch_size=2, save_steps=2)
+    training = TrainingConfig(max_steps=2, per_device_train_batch_size=2, save_steps=2)
     config = Config(qa=QAConfig(data=str(file), holdout=0.34, language_width=4, training=training))
     Run.open(tmp_path / "run", config)
     tiny_checkpoint(tmp_path / "run" / "sft" / "captioner")
@@ -226,7 +227,7 @@ def test_a_verifier_learns_from_a_question_file(tmp_path: Path) -> None:
     counts = json.loads((tmp_path / "run" / "round-1" / "qa" / "stage.json").read_text())["counts"]
     assert counts["rows"] == 13 and counts["questions"] == 13
     assert counts["images"] + counts["held_out_images"] in (11, 12)
-    used, _ = loop.read_rows(file, config, 0)
+    used, _ = qa.read_rows(file, config.max_failed, 0)
     assert Counter(q["answer"] for row in used for q in row.questions or []) == {"yes": 6, "no": 6}
 
 

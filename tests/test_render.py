@@ -293,6 +293,8 @@ def test_bytes_and_pixels_collate_alike(qwen3: Captioner) -> None:
     patches, grid = renderer.patches_batch([image()])[0]
     as_bytes = collate(renderer, [TrainRow(patches, grid, False, branches)])
     as_floats = collate(renderer, [TrainRow(renderer.normalise(patches), grid, False, branches)])
+    assert as_bytes["pixel_values"].dtype == torch.uint8  # the model normalises them on its device
+    as_bytes["pixel_values"] = renderer.normalise(as_bytes["pixel_values"])
     assert all(torch.equal(as_bytes[name], as_floats[name]) for name in as_floats)
 
 

@@ -16,7 +16,7 @@ from skimage import data
 from captioner.config import Config
 from captioner.errors import DataError, RunError
 from captioner.judges import metrics
-from captioner.records import Candidate, CaptionRow, Claim, Golden
+from captioner.records import Candidate, CaptionRow, Claim, Golden, Verdict
 from captioner.report import report
 from captioner.report.report import ClaimShown, Curve, ImageShown, Report, RoundShown
 from captioner.runs import Run, Shards, atomic_write_json
@@ -215,6 +215,7 @@ def test_a_run_on_photographs_is_collected(tmp_path: Path) -> None:
     claims = [Claim(text="grass", question="grass?", p_yes=0.1, verdict="drop", **asked)]  # type: ignore[arg-type]
     claims.append(Claim(text="cat", question="cat?", p_yes=0.9, verdict="keep", **asked))  # type: ignore[arg-type]
     Shards(home / "claims", Claim).write(0, claims)
+    Shards(home / "verdicts", Verdict).write(0, [Verdict.of(row) for row in claims])
     golden = Golden(sample="s", key="cat", text="a cat", kept=1, dropped=1, abstained=0, tokens=2)
     Shards(home / "golden", Golden).write(0, [golden])
     made = CaptionRow(

@@ -41,6 +41,7 @@ from captioner.views import BadImage, Cut, ViewSpec
 from loops import cli
 
 ROOT = Path(__file__).resolve().parent.parent
+JOIN = ["--caption.join", "true"]
 FLAGS = ["--caption.shard_rows", "4", "--caption.prepare_processes", "0", "--max-failed", "1"]
 
 
@@ -286,7 +287,7 @@ def test_a_worker_that_dies_in_a_shard_loses_what_it_had_in_hand(job: Job) -> No
     for number in range(10, 100):
         job.picture(f"{number}.png", number)
     (job.home / "deadly").write_text("90")
-    flags = ["--caption.shard_rows", "1000", "--engine.batch_size", "1"]
+    flags = ["--caption.shard_rows", "1000", "--engine.max_num_seqs", "1"]
     assert job.run(*flags) == 0
     times = Counter(job.asked)
     assert len(job.rows) == 100 and not any(row.error for row in job.rows.values())
@@ -368,16 +369,16 @@ def test_a_claim_of_somebody_unknown_expires(tmp_path: Path) -> None:
 
 def test_machines_that_join_share_the_shards(job: Job) -> None:
     """Two commands at once; a third finds nothing to do. No image is captioned twice."""
-    for number in range(10, 400):
+    for number in range(10, 120):
         job.picture(f"{number}.png", number)
     (job.home / "asked").write_text("")
-    both = [start(job, "--join") for _ in range(2)]
-    ends = [process.communicate(timeout=120)[1] for process in both]
+    both = [start(job, *JOIN) for _ in range(2)]
+    ends = [process.communicate(timeout=600)[1] for process in both]
     assert [process.returncode for process in both] == [0, 0], ends
-    assert Counter(job.asked) == Counter(str(number) for number in range(400))
-    assert len(job.rows) == 400 and len(list(job.out.glob("*.parquet"))) == 100
-    assert job.run("--join") == 0 and job.asked == []
-    assert job.run("--join", "--redo") == 2
+    assert Counter(job.asked) == Counter(str(number) for number in range(120))
+    assert len(job.rows) == 120 and len(list(job.out.glob("*.parquet"))) == 30
+    assert job.run(*JOIN) == 0 and job.asked == []
+    assert job.run(*JOIN, "--redo") == 2
     assert job.run() == 0 and job.asked == []
 
 

@@ -28,12 +28,12 @@ def test_dry_run_prints_the_command(checkpoint: Path, capsys: pytest.CaptureFixt
     assert main(["serve", str(checkpoint), *words]) == 0
     shown = capsys.readouterr().out
     for part in (
-        f"starts: /env/python -m vllm.entrypoints.openai.api_server --model {checkpoint}",
+        f"starts  /env/python -m vllm.entrypoints.openai.api_server --model {checkpoint}",
         "--limit-mm-per-prompt.image 5 --limit-mm-per-prompt.video 0",
         "--mm-processor-kwargs.size.shortest_edge 256 --mm-processor-kwargs.size.longest_edge 4096",
         f"--served-model-name {served_name(checkpoint)}",
         "--structured-outputs-config.disable_any_whitespace true",
-        "http://127.0.0.1:8765/v1",
+        "--host 127.0.0.1 --port 8765",
     ):
         assert part in shown
     assert "--dtype float32" in shown or "--dtype bfloat16" in shown

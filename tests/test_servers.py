@@ -81,7 +81,7 @@ def test_another_try_after_a_failure_and_no_more_than_allowed() -> None:
         assert ask(config(server, retries=2)) == [Word(word="yes")]
     with StandIn(lambda body: (200, b"[]")) as server:
         [answer] = ask(config(server, retries=2))
-        assert isinstance(answer, NoAnswer) and "no JSON object" in answer.reason
+        assert isinstance(answer, NoAnswer) and "not a JSON object" in answer.reason
         assert len(server.requests) == 3
 
 
@@ -159,7 +159,7 @@ def test_gives_up_when_no_server_answers() -> None:
         ((200, chat('{"word": "yes", "x": "' + "x" * 1_000_000 + '"}')), "over-long answer"),
         ((200, b'{"choices": []}'), "without a choice"),
         ((200, b'{"choices": [7], "usage": 3}'), "without a choice"),
-        ((200, b"[" * 100_000), "no JSON object"),
+        ((200, b"[" * 100_000), "not a JSON object"),
     ],
 )
 def test_bad_answers_have_a_reason(reply: Reply, reason: str) -> None:

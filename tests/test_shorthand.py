@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from captioner.errors import DataError
@@ -86,6 +86,7 @@ def test_a_file_that_holds_no_checked_captions(tmp_path: Path) -> None:
 WORDS = ("a", "the", "is", "and", ",", ".", "which", "with", '"', "dog", "on")
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # on a busy machine
 @given(st.text(max_size=300) | st.lists(st.sampled_from(WORDS)).map(" ".join))
 def test_any_text_becomes_statements(text: str) -> None:
     made = shorthand(text)

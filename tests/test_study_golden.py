@@ -7,7 +7,7 @@ import pytest
 from captioner.config import GoldenConfig
 from captioner.lab import grid as scenes
 from captioner.lab.grid import Scene, Thing
-from captioner.method.golden import Thresholds, judge
+from captioner.method.verdicts import Thresholds, judge
 from captioner.records import Candidate, Claim
 from loops.studies import golden as study
 
@@ -26,7 +26,7 @@ def image(texts: list[str], p_yes: dict[str, float]) -> study.Image:
             **fields, text=text, kind=scenes.kind_of(text), question=f"{text}?", expected="yes", p_yes=p,
             candidates=[k for k, said in enumerate(texts) if text in said.split(", ")],
             p_true=None if text == "north dot" else p,  # of a kind that is not trusted
-            label_mass=1.0, verdict="abstain", verifier="v", view="all",
+            label_mass=1.0, verifier="v", view="all", slot=text,  # none excludes another
         )
         for text, p in p_yes.items()
     ]  # fmt: skip

@@ -10,52 +10,9 @@ from hypothesis import strategies as st
 
 from captioner.lab import grid as scenes
 from captioner.method.tool import Rules
-from captioner.statements import normalise, split_statements
+from captioner.statements import normalise
 
 PLAIN = st.from_regex(r"[a-z]{2,8}( [a-z]{2,8}){0,2}", fullmatch=True)
-
-
-@pytest.mark.parametrize(
-    ("caption", "statements"),
-    [
-        ("red cup, blue bowl", ["red cup", "blue bowl"]),
-        ("red cup; blue bowl\nno people", ["red cup", "blue bowl", "no people"]),
-        ("A red cup. A bowl! Is it? yes", ["A red cup", "A bowl", "Is it", "yes"]),
-        ("bottle of 1.5 litres, 1,000 bees, 2.", ["bottle of 1.5 litres", "1,000 bees", "2"]),
-        ("1,2 stars, 3, 4", ["1,2 stars", "3", "4"]),
-        ('sign reading "stop, now. go", tree', ['sign reading "stop, now. go"', "tree"]),
-        ("sign “halt, friend”, tree", ["sign “halt, friend”", "tree"]),
-        ("sign 'halt, friend', tree", ["sign 'halt, friend'", "tree"]),
-        ("man's hat, dog's ball", ["man's hat", "dog's ball"]),
-        ("dogs' bowl, cats' bed", ["dogs' bowl", "cats' bed"]),
-        ('a 12" pizza, a 10" plate', ['a 12" pizza', 'a 10" plate']),
-        ('an open " mark, tree', ['an open " mark', "tree"]),
-        ("two people (a man, a woman), dog", ["two people (a man, a woman)", "dog"]),
-        ("an open (bracket, tree", ["an open (bracket", "tree"]),
-        ("St. Mary church, J. Smith sign", ["St. Mary church", "J. Smith sign"]),
-        ("- red cup\n* bowl\n2. tree", ["red cup", "bowl", "tree"]),
-        ("red cup,, ,\n ;blue   bowl,", ["red cup", "blue bowl"]),
-        ("赤いカップ、青い空。木", ["赤いカップ", "青い空", "木"]),
-        ("", []),
-        (" ,.;\n", []),
-    ],
-)
-def test_split(caption: str, statements: list[str]) -> None:
-    assert split_statements(caption) == statements
-
-
-@given(st.lists(PLAIN), st.sampled_from([", ", "; ", "\n", ". ", " , "]))
-def test_split_undoes_joining(statements: list[str], separator: str) -> None:
-    assert split_statements(separator.join(statements)) == statements
-
-
-@given(st.text(max_size=200))
-def test_split_takes_any_text_and_loses_no_word(caption: str) -> None:
-    statements = split_statements(caption)
-    assert all(statement == " ".join(statement.split()) and statement for statement in statements)
-    kept = sum(c.isalpha() for c in caption)
-    assert sum(c.isalpha() for statement in statements for c in statement) == kept
-    assert [part for each in statements for part in split_statements(each)] or not statements
 
 
 @pytest.mark.parametrize(
@@ -79,11 +36,6 @@ def test_split_takes_any_text_and_loses_no_word(caption: str) -> None:
 def test_near_duplicates(first: str, second: str, same: bool) -> None:
     assert (normalise(first) == normalise(second)) is same
     assert len(Rules().merge([first, second])) == (1 if same else 2)
-
-
-@given(st.text(max_size=60))
-def test_normalise_ignores_what_stands_around(text: str) -> None:
-    assert normalise(text) == normalise(f" \n{text} .") == " ".join(normalise(text).split())
 
 
 def test_merge_tells_who_stated_it_and_keeps_the_usual_wording() -> None:
@@ -172,13 +124,13 @@ def test_what_is_no_statement_of_a_known_language_cannot_be_checked(statement: s
 @pytest.mark.parametrize(
     ("statement", "guessed", "exact"),
     [
-        ("gray background", "background", "background"),
+        ("gray background", "color", "background"),
         ("circle above star", "relation", "relation"),
         ("north red", "color", "color"),
         ("north large", "size", "size"),
-        ("north star", "shape", "shape"),
-        ("north dot", "", "mark"),
-        ("redwood trunk", "", ""),
+        ("north star", "object", "shape"),
+        ("north dot", "object", "mark"),
+        ("redwood trunk", "object", ""),
         ("red north red", "color", ""),
     ],
 )

@@ -14,8 +14,9 @@ from PIL import Image
 from captioner.config import ToolConfig
 from captioner.engines import NoAnswer
 from captioner.errors import DataError
+from captioner.method.llm import LLM, UNGROUNDED, grounded, make_tool
 from captioner.method.reformulate import reformulate
-from captioner.method.tool import LLM, Question, Rules, Statement, ToolFailed, make_tool
+from captioner.method.tool import Question, Rules, Statement, ToolFailed
 from captioner.records import Failed
 from captioner.runs import Shards
 from captioner.sources.folder import read_folder
@@ -324,4 +325,39 @@ def test_a_model_reformulates_and_may_not_invent(tmp_path: Path) -> None:
         made = list(tool.reformulate(["a red cup. a bowl", "a tree", "a red cup. a bowl"]))
         assert made[0] == made[2] == "a red cup, a bowl" and isinstance(made[1], NoAnswer)
         assert len(server.requests) == 2  # equal captions are one request
+        tool.close()
+
+
+@pytest.mark.parametrize(
+    ("statement", "question", "fits"),
+    [
+        ("a red circle", "Is this an image?", False),
+        ("a red circle", "Is there a red circle?", True),
+        ("a red circle", "Is the circle red in this picture?", True),
+        ("a red circle", "Is there a blue square?", False),
+        ("woman smiling at two dogs", "Does the woman smile at dogs?", True),
+        ("no people", "Are there any people?", True),
+        ("", "Is anything visible?", True),
+    ],
+)
+def test_a_question_is_about_its_statement(statement: str, question: str, fits: bool) -> None:
+    assert grounded(question, statement) is fits
+
+
+def test_a_trivial_question_is_no_answer(tmp_path: Path) -> None:
+    """A model that asks "Is this an image?" about every second statement: only those fail."""
+
+    def lazy(body: dict[str, Any]) -> Reply:
+        reply = json.loads(str(honest(body)))
+        for each in reply.get("questions", []):
+            if "bowl" in data(body)[each["statement"]]:
+                each["question"] = "Is this an image?"
+        return json.dumps(reply)
+
+    with StandIn(lazy) as server:
+        tool = llm(server, tmp_path)
+        tool.prepare([CAPTIONS])
+        assert tool.decompose("two spoons").text == "Is there two spoons?"
+        with pytest.raises(ToolFailed, match=UNGROUNDED):
+            tool.decompose("blue bowl")
         tool.close()

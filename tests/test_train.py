@@ -36,7 +36,13 @@ from loops import sft as loop
 from tests.tiny import tiny_captioner, tiny_checkpoint
 
 TRAINING = TrainingConfig(
-    steps=6, batch_size=2, learning_rate=3e-3, warmup=0.2, save_steps=2, log_steps=1, seed=5
+    max_steps=6,
+    per_device_train_batch_size=2,
+    learning_rate=3e-3,
+    warmup_ratio=0.2,
+    save_steps=2,
+    logging_steps=1,
+    seed=5,
 )
 SETTINGS = SFTConfig(columns=("shorthand", "questions"), questions_per_image=3, multi_view_share=0.5)
 
@@ -188,8 +194,10 @@ def test_a_loss_that_is_not_finite_names_its_batch(rows: list[ImageRow], tmp_pat
     poison = ImageRow(bad.key, bad.path, "gray background, ring", questions=bad.questions)
 
     class Poisoned(render.Renderer):
-        def branch_ids(self, text: str | None, answer: str | None = None) -> tuple[list[int], list[bool]]:
-            ids, mask = super().branch_ids(text, answer)
+        def branch_ids(
+            self, text: str | None, answer: str | None = None, *silent: Any
+        ) -> tuple[list[int], list[bool]]:
+            ids, mask = super().branch_ids(text, answer, *silent)
             return ([nan_id, *ids], [False, *mask]) if answer == poison.caption else (ids, mask)
 
     nan_id = len(captioner.tokenizer) - 5
@@ -200,12 +208,12 @@ def test_a_loss_that_is_not_finite_names_its_batch(rows: list[ImageRow], tmp_pat
     images = loop.training_images([*rows[:3], poison, *rows[4:]], SETTINGS)
     order = train.Order(len(rows), TRAINING.seed)
     position = next(p for p in range(len(rows)) if order(p) == 3)
-    first = position - position % TRAINING.batch_size
+    first = position - position % TRAINING.per_device_train_batch_size
     with pytest.raises(RunError) as caught:
         train.train_sft(captioner, renderer, images, TRAINING, tmp_path)
-    batch = [images.keys[order(first + i)] for i in range(TRAINING.batch_size)]
+    batch = [images.keys[order(first + i)] for i in range(TRAINING.per_device_train_batch_size)]
     assert caught.value.where == "images " + ", ".join(batch)
-    assert f"step {position // TRAINING.batch_size + 1}" in caught.value.what
+    assert f"step {position // TRAINING.per_device_train_batch_size + 1}" in caught.value.what
 
 
 def test_order_visits_every_image_once_an_epoch() -> None:
@@ -278,7 +286,7 @@ def test_what_cannot_be_learned_from_is_found_before_the_first_step(
         Refused, match=r"(?s)2 of 6 images cannot be learned from.*cannot be decoded.*no shorthand"
     ):
         loop.sft(tmp_path / "run", config)
-    assert not (tmp_path / "run" / "sft").exists()  # mended, the same command works
+    assert not (tmp_path / "run" / "sft").exists()  # fixed, the same command works
     loop.sft(tmp_path / "run", config.model_copy(update={"max_failed": 0.4}))
     assert "2 of 6 images are left out" in capsys.readouterr().out
     out = tmp_path / "run" / "sft"
@@ -286,6 +294,17 @@ def test_what_cannot_be_learned_from_is_found_before_the_first_step(
     assert {row.key for row in Shards(out / "failed", Failed).read(0)} == {
         path.relative_to(folder).with_suffix("").as_posix() for path in images[:2]
     }
+
+
+@pytest.mark.parametrize(
+    ("epochs", "images", "processes", "steps"),
+    [(None, 100, 1, 200), (3.0, 100, 1, 75), (0.5, 100, 1, 13), (2.0, 100, 4, 13), (0.001, 4, 1, 1)],
+)
+def test_epochs_become_steps(epochs: float | None, images: int, processes: int, steps: int) -> None:
+    training = TrainingConfig(
+        num_train_epochs=epochs, per_device_train_batch_size=2, gradient_accumulation_steps=2
+    )
+    assert train.by_steps(training, images, processes).max_steps == steps
 
 
 def test_sft_command(tmp_path: Path) -> None:
@@ -324,9 +343,48 @@ def test_gradient_checkpointing_gives_the_same_losses(rows: list[ImageRow], tmp_
         layer.register_forward_pre_hook(lambda *_, runs=runs: runs.append(1))
         (tmp_path / name).mkdir()
         fit(captioner, rows, tmp_path / name, TRAINING.model_copy(update={"gradient_checkpointing": on}))
-        assert len(runs) == TRAINING.steps * (2 if on else 1)
+        assert len(runs) == TRAINING.max_steps * (2 if on else 1)
         assert not captioner.model.is_gradient_checkpointing
     assert logged(tmp_path / "b") == pytest.approx(logged(tmp_path / "a"), abs=1e-4)
+
+
+def test_microbatches_take_the_same_steps(rows: list[ImageRow], tmp_path: Path) -> None:
+    for name, micro in (("a", None), ("b", 1)):
+        (tmp_path / name).mkdir()
+        training = TRAINING.model_copy(update={"microbatch_size": micro})
+        fit(prepared(), rows, tmp_path / name, training, validation=loop.training_images(rows, SETTINGS))
+    for loss in ("loss", "validation_loss"):
+        assert logged(tmp_path / "b", loss) == pytest.approx(logged(tmp_path / "a", loss), abs=2e-4)
+    with pytest.raises(ConfigError, match="Microbatches of 3 images"):
+        fit(prepared(), rows, tmp_path, TRAINING.model_copy(update={"microbatch_size": 3}))
+
+
+def test_large_models_are_trained_image_by_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    captioner, training = (
+        prepared(),
+        TrainingConfig(per_device_train_batch_size=16, gradient_accumulation_steps=2),
+    )
+    small = train.sft_arguments(captioner, training, tmp_path)
+    monkeypatch.setattr(train, "LARGE", captioner.model.num_parameters() - 1)
+    large = train.sft_arguments(captioner, training, tmp_path)
+    told = training.model_copy(update={"gradient_checkpointing": False, "microbatch_size": 4})
+    found = [
+        (a.per_device_train_batch_size, a.gradient_accumulation_steps, a.gradient_checkpointing)
+        for a in (small, large, train.sft_arguments(captioner, told, tmp_path))
+    ]
+    assert found == [(16, 2, False), (1, 32, True), (4, 8, False)]
+
+
+def test_validation_makes_no_logits_of_every_token(rows: list[ImageRow]) -> None:
+    captioner = prepared()
+    renderer = render.Renderer(captioner, ViewsConfig())
+    images = loop.training_images(rows, SETTINGS)
+    seen: list[torch.Size] = []
+    captioner.model.get_output_embeddings().register_forward_hook(
+        lambda _module, _args, output: seen.append(output.shape)
+    )
+    train.validation_loss(captioner, renderer, images, 2)
+    assert seen == [] and "forward" not in captioner.model.__dict__
 
 
 def test_early_stop_keeps_the_best(
@@ -342,7 +400,7 @@ def test_early_stop_keeps_the_best(
         return losses[step]
 
     monkeypatch.setattr(train, "validation_loss", validation_loss)
-    training = TRAINING.model_copy(update={"steps": 12, "patience": 2})
+    training = TRAINING.model_copy(update={"max_steps": 12, "early_stopping_patience": 2})
     images = loop.training_images(rows, SETTINGS)
     metrics = fit(captioner, rows, tmp_path, training, validation=images)
     assert list(seen) == [2, 4, 6, 8]  # 6 and 8 are no better than 4
@@ -395,7 +453,7 @@ def test_a_tracker_gets_what_metrics_jsonl_gets(
 def test_bfloat16_weights_train_in_float32_and_nothing_else_does(
     rows: list[ImageRow], tmp_path: Path
 ) -> None:
-    tuning = LoraTuning(rank=2, parts=("merger",))
+    tuning = LoraTuning(r=2, parts=("merger",))
     captioner = prepared(tuning, dtype=torch.bfloat16)
     during: set[tuple[bool, torch.dtype]] = set()
     layer = captioner.layers["language"][0].get_submodule("mlp")

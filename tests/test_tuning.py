@@ -41,11 +41,11 @@ TUNINGS: dict[str, Tuning] = {
     "adapters in some layers": AdapterTuning(
         vision_width=5, language_width=7, vision_layers=(-1,), language_layers=(0,)
     ),
-    "lora": LoraTuning(rank=3, alpha=3.0, targets=EVERYWHERE),
-    "rslora": LoraTuning(rank=3, alpha=3.0, rank_stabilized=True),
-    "dora": LoraTuning(method="dora", rank=3, alpha=3.0, targets=EVERYWHERE),
-    "vera": LoraTuning(method="vera", rank=8, targets=EVERYWHERE),
-    "lora and merger": LoraTuning(rank=3, alpha=3.0, parts=("merger",)),
+    "lora": LoraTuning(r=3, lora_alpha=3.0, targets=EVERYWHERE),
+    "rslora": LoraTuning(r=3, lora_alpha=3.0, use_rslora=True),
+    "dora": LoraTuning(method="dora", r=3, lora_alpha=3.0, targets=EVERYWHERE),
+    "vera": LoraTuning(method="vera", r=8, targets=EVERYWHERE),
+    "lora and merger": LoraTuning(r=3, lora_alpha=3.0, parts=("merger",)),
     "merger": PartsTuning(parts=("merger",)),
     "vision": PartsTuning(parts=("vision",)),
     "language": PartsTuning(parts=("language",)),
@@ -217,7 +217,7 @@ def test_model_card_keeps_paths_and_tables_to_itself() -> None:
         ({"type": "parts", "parts": "projector"}, ["'merger', 'vision', 'language', 'head' or 'embeddings'"]),
         ({"type": "lora", "targets": "merger,head"}, ["'language', 'vision' or 'merger'"]),
         ({"type": "lora", "targets": "merger", "parts": "merger"}, ["merger cannot be a target and a part"]),
-        ({"type": "lora", "method": "vera", "rank_stabilized": "true"}, ["no scale"]),
+        ({"type": "lora", "method": "vera", "use_rslora": "true"}, ["no scale"]),
         ({"type": "lora", "vision_width": "3"}, ["not a field of that sft.tuning.type"]),
     ],
 )
@@ -282,7 +282,7 @@ def test_four_bits_need_a_gpu_and_their_library(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
     with pytest.raises(ConfigError, match="need bitsandbytes") as caught:
         model._four_bits(model.FAMILIES["qwen3_vl"], torch.bfloat16, "cuda")
-    assert caught.value.mend == "pip install bitsandbytes"
+    assert caught.value.fix == "pip install bitsandbytes"
 
 
 def test_pickled_adapter_is_not_read(tmp_path: Path) -> None:
@@ -307,7 +307,11 @@ def test_study_measures_every_arm_once(tmp_path: Path, monkeypatch: pytest.Monke
         "sft.data": "scenes:sft:4",
         "evaluate.data": "scenes:test:2",
     }
-    fields |= {"sft.training.steps": "1", "sft.training.batch_size": "2", "evaluate.max_tokens": "4"}
+    fields |= {
+        "sft.training.max_steps": "1",
+        "sft.training.per_device_train_batch_size": "2",
+        "evaluate.max_tokens": "4",
+    }
     fields |= {"views.levels": "1", "views.center": "false"}
     config = load(None, fields)
     real, trained = _arms.train, list[str]()

@@ -288,7 +288,7 @@ def test_what_cannot_be_written_is_counted(
     Shards(captions, CaptionRow).write(2, [row])
     assert convert(data, "kohya", tmp_path / "out") == 3  # more than 5 %
     printed = capsys.readouterr()
-    assert "3 rows, 3 skipped" in printed.out and "1 sd-scripts read no .gif files" in printed.out
+    assert "3 rows, 3 failed" in printed.out and "1 sd-scripts read no .gif files" in printed.out
     assert "2 its image is not in the source" in printed.out and "max_failed" in printed.err
     assert convert(data, "webdataset", tmp_path / "again", "--max-failed", "1") == 0
     assert convert(data, "kohya", tmp_path / "out") == 2  # it exists

@@ -53,7 +53,7 @@ class TextRequest:
 
     text: str
     max_tokens: int
-    check: Callable[[Any], str | None] | None = None  # why a well-formed answer is no good; None: it is
+    check: Callable[[Any], str | None] | None = None  # why a well-formed answer is unusable; None: it is not
 
 
 @dataclass(frozen=True)

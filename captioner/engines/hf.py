@@ -110,7 +110,7 @@ class HFEngine:
         config: EngineConfig,
         prompt: str | None = None,
     ):
-        self.captioner, self.batch_size, self.prompt = captioner, config.batch_size, prompt
+        self.captioner, self.batch_size, self.prompt = captioner, config.max_num_seqs, prompt
         self.renderer = Renderer(captioner, views)
         self.model: Any = captioner.model.eval()
         width = self.model.get_output_embeddings().weight.shape[0]
@@ -119,8 +119,8 @@ class HFEngine:
         self._bias = torch.tensor(bias, device=captioner.device, dtype=_wide_type(captioner.model.dtype))
 
     def close(self) -> None:
-        """Drop the model."""
-        self.model = None
+        """Drop the captioner; no request may follow."""
+        self.model = self.captioner = self.renderer = None  # type: ignore[assignment]
 
     # ---- captions
 
@@ -246,7 +246,7 @@ class HFEngine:
             attention_mask=mask,
             position_ids=positions.to(device),
             past_key_values=cache,
-            pixel_values=renderer.normalise(torch.cat([each.patches for each in shown])).to(device),
+            pixel_values=renderer.pixels([each.patches for each in shown]).to(device),
             image_grid_thw=torch.cat([each.grid for each in shown]).to(device),
             use_cache=True,
         )[0]
@@ -298,7 +298,7 @@ def _one_view(part: tuple[Tensor, Tensor], tags: Sequence[str], view: str) -> Sh
     """The patches, grid and tag of the one view of that name."""
     if view not in tags:
         known = ", ".join(tags)
-        raise DataError(f"there is no view {view!r}", where="view of a question", mend=f"use one of: {known}")
+        raise DataError(f"there is no view {view!r}", where="view of a question", fix=f"use one of: {known}")
     patches, grid = part
     at = list(tags).index(view)
     start = int(grid[:at].prod(1).sum())

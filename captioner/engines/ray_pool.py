@@ -32,6 +32,11 @@ def gpus() -> int:
     return int(ray.cluster_resources().get("GPU", 0))
 
 
+def _apply(function: Callable[..., T], *args: Any) -> T:
+    """What a task does; Ray itself takes plain functions only, no methods."""
+    return function(*args)
+
+
 class RayTasks:
     """Prepares images in tasks on any node; a task that kills its process takes no other with it."""
 
@@ -46,13 +51,11 @@ class RayTasks:
 
     def __init__(self, ahead: int):
         self.ahead = ahead
-        self._remote: dict[Any, Any] = {}
+        # once more, because its node may have died
+        self._remote = ray.remote(num_cpus=1, max_retries=1)(_apply)
 
     def submit(self, function: Callable[..., T], *args: Any) -> Future[T]:
-        if function not in self._remote:
-            # once more, because its node may have died
-            self._remote[function] = ray.remote(num_cpus=1, max_retries=1)(function)
-        return self._remote[function].remote(*args).future()  # type: ignore[no-any-return]
+        return self._remote.remote(function, *args).future()  # type: ignore[no-any-return]
 
     alone = submit
 

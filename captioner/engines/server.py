@@ -254,7 +254,7 @@ class ServerEngine:
         raise EngineError(
             f"the server reads a prompt of {len(ids)} tokens as {count} others",
             where=", ".join(self._servers.config.urls),
-            mend="start it with `captioner serve CHECKPOINT`, which keeps the sizes of the views",
+            fix="start it with `captioner serve CHECKPOINT`, which keeps the sizes of the views",
         )
 
 

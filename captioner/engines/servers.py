@@ -130,7 +130,7 @@ class Servers:
 
         ``body`` makes the request for a server, given how many answers to it were no good: tries that a dying
         server cost do not count, or its death would change what is asked. ``read`` raises :class:`Unanswered`
-        for an answer that is no good, which is tried again like a server's failure.
+        for an unusable answer, which is tried again like a server's failure.
         Raises :class:`Unanswered` after the last try, EngineError where none answers for ``wait`` seconds.
         """
         last: Server | None = None
@@ -163,7 +163,7 @@ class Servers:
     async def _send(
         self, server: Server, body: dict[str, Any], seconds: float | None = None
     ) -> dict[str, Any]:
-        """One request; raises Rejected, Unanswered for what is no answer, httpx's errors and TimeoutError."""
+        """One request; raises Rejected, Unanswered (an unusable answer), httpx's errors and TimeoutError."""
         content = json.dumps({"model": server.model, **body})
         async with asyncio.timeout(seconds or self.config.timeout):
             async with self._client.stream(
@@ -177,7 +177,7 @@ class Servers:
             raise EngineError(
                 f"the server answers {response.status_code}: {_excerpt(data)}",
                 where=server.url,
-                mend="check its address and model, and the key in OPENAI_API_KEY",
+                fix="check its address and model, and the key in OPENAI_API_KEY",
             )
         if 400 <= response.status_code < 500 and response.status_code not in (408, 409, 425, 429):
             raise Rejected(f"the server answers {response.status_code}: {_excerpt(data)}")
@@ -207,7 +207,7 @@ class Servers:
                 raise EngineError(
                     f"no server serves {self.wanted}",
                     where=reasons,
-                    mend="start one with `captioner serve CHECKPOINT`, or name the model to ask for",
+                    fix="start one with `captioner serve CHECKPOINT`, or name the model to ask for",
                 )
             for server in self._servers:
                 self._probe(server)
@@ -219,7 +219,7 @@ class Servers:
                 raise EngineError(
                     f"no server answered for {self.config.wait:.0f} seconds",
                     where=reasons,
-                    mend="start one with `captioner serve CHECKPOINT`; the same command then goes on",
+                    fix="start one with `captioner serve CHECKPOINT`; the same command then goes on",
                 ) from None
 
     def _out(self, server: Server, reason: str) -> None:
@@ -288,12 +288,12 @@ def _object(data: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError):
         answer = None
     if not isinstance(answer, dict):
-        raise Unanswered("the answer is no JSON object")
+        raise Unanswered("the answer is not a JSON object")
     return answer
 
 
 def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no JSON")  # NaN and infinities, which Python's reader takes
+    raise ValueError(f"{constant} is not JSON")  # NaN and infinities, which Python's reader takes
 
 
 def _excerpt(data: bytes) -> str:

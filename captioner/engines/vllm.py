@@ -45,10 +45,10 @@ def settings(captioner: Captioner, renderer: Renderer, config: EngineConfig, dty
         raise CheckpointError(
             f"the attention heads are {head} wide; vLLM needs {NARROWEST_HEAD} or more",
             where=str(captioner.path),
-            mend="use --engine.type hf",
+            fix="use --engine.type hf",
         )
     if dtype == "float64":
-        raise ConfigError("vLLM has no float64", where="model.dtype", mend="set --model.dtype float32")
+        raise ConfigError("vLLM has no float64", where="model.dtype", fix="set --model.dtype float32")
     if dtype == "auto":
         dtype = "bfloat16" if torch.cuda.is_available() else "float32"
     plan = renderer.plan(1024, 1024)  # square views have the most tokens
@@ -59,7 +59,7 @@ def settings(captioner: Captioner, renderer: Renderer, config: EngineConfig, dty
         "runner": "generate",
         "dtype": dtype,
         "max_model_len": config.max_model_len or min(longest, text.max_position_embeddings),
-        "max_num_seqs": config.batch_size,
+        "max_num_seqs": config.max_num_seqs,
         "limit_mm_per_prompt": {"image": len(plan), "video": 0},
         "mm_processor_kwargs": {
             "size": {"shortest_edge": renderer.factor**2, "longest_edge": renderer.size**2}
@@ -99,9 +99,9 @@ class VLLMEngine:
         except ImportError as error:
             raise EngineError(
                 f"vLLM is not installed here: {error}",
-                mend="use --engine.type server, with `captioner serve` on --engine.vllm_python",
+                fix="use --engine.type server, with `captioner serve` on --engine.vllm_python",
             ) from error
-        self.captioner, self.prompt, self.batch_size = captioner, prompt, config.batch_size
+        self.captioner, self.prompt, self.batch_size = captioner, prompt, config.max_num_seqs
         self.renderer = Renderer(captioner, views)
         self._words = Vocabulary(captioner, self.renderer)
         self._llm: Any = LLM(**settings(captioner, self.renderer, config, dtype), disable_log_stats=True)
@@ -221,7 +221,7 @@ class VLLMEngine:
                 raise EngineError(
                     f"vLLM reads a prompt of {len(ids)} tokens as {len(output.prompt_token_ids)} others",
                     where=str(self.captioner.path),
-                    mend="use --engine.type hf, and report the family and the version of vLLM",
+                    fix="use --engine.type hf, and report the family and the version of vLLM",
                 )
         try:
             asked = progress.job.send([output.outputs[0] for output in outputs] or None)  # None: its start

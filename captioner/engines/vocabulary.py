@@ -35,7 +35,7 @@ class Vocabulary:
             raise CheckpointError(
                 "yes and no begin with the same token",
                 where=str(captioner.path),
-                mend="use a tokenizer that has the words yes and no",
+                fix="use a tokenizer that has the words yes and no",
             )
 
     def candidate(

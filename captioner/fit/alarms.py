@@ -29,7 +29,7 @@ from captioner.fit import distributed, losses
 from captioner.models.model import Captioner
 from captioner.models.render import Renderer, TrainRow, collate
 from captioner.runs import atomic_write_json, is_main
-from captioner.statements import comparable_statements
+from captioner.statements import comparable_statements, repeats
 from captioner.views import load_image
 
 TOP = 32  # tokens of a position that the divergence from the origin is taken over; the rest is one outcome
@@ -81,12 +81,12 @@ def written(
     captioner: Captioner, renderer: Renderer, paths: Sequence[Path], longest: int
 ) -> dict[str, float]:
     """What greedy captions are like: shares that end, repeat statements, are different ones; mean tokens."""
-    engine = HFEngine(captioner, renderer.config, EngineConfig(batch_size=len(paths)))
+    engine = HFEngine(captioner, renderer.config, EngineConfig(max_num_seqs=len(paths)))
     greedy = SamplingConfig(temperature=0.0, max_tokens=longest)
     requests = (CaptionRequest(str(path), path, "") for path in paths)
     made = [candidate for [candidate] in engine.sample(requests, 1, greedy)]
     statements = [comparable_statements(each.text) for each in made]
-    repeated = [1 - len(set(said)) / len(said) for said in statements if said]
+    repeated = [repeats(said) / len(said) for said in statements if said]
     return {
         "ended": fmean(each.finish_reason == "stop" for each in made),
         "repeated": fmean(repeated) if repeated else 0.0,
@@ -165,7 +165,7 @@ class Alarms(TrainerCallback):
             control.should_save = False
 
     def ring(self, step: int, what: str) -> None:
-        raise Refused(f"alarm at step {step}: {what}", mend=MEND)
+        raise Refused(f"alarm at step {step}: {what}", fix=MEND)
 
 
 def changed(start: dict[str, float], now: dict[str, float], config: AlarmsConfig) -> list[str]:

@@ -46,8 +46,8 @@ def launch(command: str, run: RunDir, config: Config, count: int, **flags: Any) 
 
     on_cpu = config.model.device == "cpu"
     if not on_cpu and (found := torch.cuda.device_count()) < count:
-        mend = f"--gpus {found}" if found else "leave it out, or --model.device cpu for processes on the CPU"
-        raise ConfigError(f"--gpus {count}, and there are {found}", mend=mend)
+        fix = f"--gpus {found}" if found else "leave it out, or --model.device cpu for processes on the CPU"
+        raise ConfigError(f"--gpus {count}, and there are {found}", fix=fix)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -56,7 +56,7 @@ def launch(command: str, run: RunDir, config: Config, count: int, **flags: Any) 
     world |= {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # a batch of questions alone leaves the soft prompt unused
     if on_cpu and "OMP_NUM_THREADS" not in os.environ:
         world |= {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count))}
-    place = str(run.path if isinstance(run, Run) else run)
+    place = str(Run.path_of(run))
     told = {"command": command, "run": place, "config": config.model_dump(mode="json"), "flags": flags}
     job = json.dumps(told).encode()
     ranks: list[subprocess.Popen[bytes]] = []
@@ -86,7 +86,7 @@ def launch(command: str, run: RunDir, config: Config, count: int, **flags: Any) 
     if status < 0:
         raise RunError(
             f"rank {failed} of {count} was killed by signal {-status}; the others were stopped",
-            mend="the same command goes on from the last checkpoint",
+            fix="the same command goes on from the last checkpoint",
         )
     if failed:
         said[failed].seek(0)

@@ -7,14 +7,13 @@ Shapes: N pairs, B images, L tokens of a branch.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from captioner.statements import normalise, split_statements
+from captioner.statements import normalise, statement_spans
 
 
 def anchor(chosen: Tensor, ref_chosen: Tensor, beta: float) -> Tensor:
@@ -66,15 +65,11 @@ def token_weights(
     ``verdicts`` maps normalised statements to "keep", "drop" or "abstain".
     """
     of_verdict = {"keep": confirmed, "drop": refuted}
-    weights, at = [1.0] * len(offsets), 0
-    for statement in split_statements(caption):
-        found = re.compile(r"\s+".join(map(re.escape, statement.split()))).search(caption, at)
-        if found is None:  # markup between its words; its tokens keep weight 1
-            continue
-        at = found.end()
-        weight = of_verdict.get(verdicts.get(normalise(statement), ""), 1.0)
+    weights = [1.0] * len(offsets)
+    for begin, stop, _ in statement_spans(caption):
+        weight = of_verdict.get(verdicts.get(normalise(caption[begin:stop]), ""), 1.0)
         for t, (start, end) in enumerate(offsets):
-            if start < found.end() and end > found.start():
+            if start < stop and end > begin:
                 weights[t] = weight
     return weights
 

@@ -32,7 +32,7 @@ from captioner.models import adapters
 from captioner.models.model import Captioner
 from captioner.models.render import Renderer, TrainRow
 from captioner.records import Pair
-from captioner.runs import Shards, atomic_write_json, is_main, progress
+from captioner.runs import Shards, atomic_write_json, is_main, progress, world_size
 
 Verdicts = Mapping[str, Mapping[str, str]]  # key of an image -> normalised statement -> verdict
 PER_TOKEN = ("log_probs", "entropy", "mean_logits", "is_top1")  # what TRL's fused head gives, each [U, L - 1]
@@ -69,17 +69,19 @@ class PairCollator(Collator):
         self.hashes: list[list[dict[str, str]]] = []  # of the last batch, by image and pair
         keys = [group[0].key for group in self.groups]
         images = TrainingImages(keys, [paths[key] for key in keys], self._draw)
-        super().__init__(renderer, images, training.seed, training.batch_size)
+        super().__init__(renderer, images, training.seed, training.per_device_train_batch_size)
 
     def _draw(self, index: int, _rng: Any) -> list[Target]:
         group = self.groups[index]
         said = [group[0].chosen, *(pair.rejected for pair in group)]
-        if "kto" in self.dpo.loss:  # Ethayarajh et al. 2024: the KL is estimated on captions of other images
+        if (
+            "kto" in self.dpo.loss_type
+        ):  # Ethayarajh et al. 2024: the KL is estimated on captions of other images
             said.append(self.groups[(index + 1) % len(self.groups)][0].chosen)
         return [Target(None, text) for text in said]
 
     def pack(self, rows: list[TrainRow], positions: list[int], picked: list[int]) -> dict[str, Any]:
-        kto = "kto" in self.dpo.loss
+        kto = "kto" in self.dpo.loss_type
         shown = list(rows)
         if self.dpo.image_weight:
             channels = self.renderer.normalise(rows[0].pixel_values[:1]).shape[1]
@@ -225,7 +227,7 @@ def _stale(what: str, where: str) -> RunError:
     return RunError(
         f"the stored reference log-probabilities were computed of other {what}",
         where=where,
-        mend="add --redo to make the stage anew, or restore what it was made with",
+        fix="add --redo to make the stage anew, or restore what it was made with",
     )
 
 
@@ -356,10 +358,10 @@ def arguments(
     """What TRL is told: its losses by name; cross-entropy is its `sft`."""
     own: dict[str, Any] = {"max_length": None, "precompute_ref_log_probs": True, "beta": dpo.beta}
     own |= train._arguments(captioner, training, out)
-    if "kto" in dpo.loss:
+    if "kto" in dpo.loss_type:
         return KTOConfig(loss_type="kto", **own)
-    types: list[str] = list(dpo.loss)
-    weights = list(dpo.loss_weights) or [1.0] * len(dpo.loss)
+    types: list[str] = list(dpo.loss_type)
+    weights = list(dpo.loss_weights) or [1.0] * len(dpo.loss_type)
     if dpo.ce_weight:
         types, weights = [*types, "sft"], [*weights, dpo.ce_weight]
     return DPOConfig(loss_type=types, loss_weights=weights, label_smoothing=dpo.label_smoothing, **own)
@@ -380,9 +382,9 @@ def train_preference(
 ) -> dict[str, float]:
     """Preference training of what requires a gradient, on all pairs of an image at once.
 
-    Loss = sum of TRL's losses of ``dpo.loss`` over pairs + ce_weight * mean -log p over the tokens of chosen
-    (Pang et al. 2024) + our terms (:mod:`captioner.fit.losses`). c and r are summed log-probabilities of
-    chosen and rejected, end token included; with `sigmoid`: mean of
+    Loss = sum of TRL's losses of ``dpo.loss_type`` over pairs + ce_weight * mean -log p over the tokens of
+    chosen (Pang et al. 2024) + our terms (:mod:`captioner.fit.losses`). c and r are summed log-probabilities
+    of chosen and rejected, end token included; with `sigmoid`: mean of
     -log sigmoid(beta ((c - c_ref) - (r - r_ref))) (Rafailov et al. 2023, eq. 7). The reference is the
     captioner as it is passed in, its adapter still the zero function; its log-probabilities are computed
     once, by the same forward, and stored in ``out/pairs`` with hashes of weights, pixels and tokens; no
@@ -392,6 +394,7 @@ def train_preference(
     Otherwise as :func:`captioner.fit.train.train_sft`; raises Refused where an alarm stops it, and RunError
     where stored reference log-probabilities do not belong to these weights, pixels or tokens.
     """
+    training = train.by_steps(training, len({pair.key for pair in pairs}), world_size())
     collator = PairCollator(renderer, pairs, paths, training, dpo, verdicts or {})
     args = arguments(captioner, training, out, dpo)
     weights = adapters.fingerprint(captioner)
@@ -408,7 +411,7 @@ def train_preference(
         watch.begin(lambda: trainer._metrics["train"]["rewards/chosen"][-1] / dpo.beta, log.write, resumed)
         trainer.add_callback(watch)
 
-    kind = _KTO if "kto" in dpo.loss else _DPO
+    kind = _KTO if "kto" in dpo.loss_type else _DPO
     with shared_prefix(captioner) as seen:
         try:
             return train._train(kind, captioner, collator, args, out, train._Log(out), report, prepare)
@@ -420,7 +423,7 @@ def train_preference(
                     out / "alarm.json", {"what": alarm.what, "where": alarm.where, "kept": kept}
                 )
             where = f"{out}; the last good checkpoint: {kept}" + (f"; {alarm.where}" if alarm.where else "")
-            raise Refused(alarm.what, where=where, mend=alarm.mend) from alarm
+            raise Refused(alarm.what, where=where, fix=alarm.fix) from alarm
 
 
 # ---- reference log-probabilities
@@ -467,7 +470,7 @@ def score(trainer: Any, pairs: Sequence[Pair], weights: str, batch_size: int) ->
             values = _branch_logps(trainer, batch)
             chosen, rejected = values[: len(part)], iter(values[len(part) :])
             further = values[-len(part) :] if len(values) > len(part) + sum(map(len, part)) else None
-            name = "ref_unpaired_logp" if "kto" in collator.dpo.loss else "ref_masked_logp"
+            name = "ref_unpaired_logp" if "kto" in collator.dpo.loss_type else "ref_masked_logp"
             for b, (group, hashes) in enumerate(zip(part, collator.hashes, strict=True)):
                 for pair, of_pair in zip(group, hashes, strict=True):
                     logps = {"ref_chosen_logp": chosen[b], "ref_rejected_logp": next(rejected)}

@@ -32,7 +32,7 @@ def usable(
     The rows are of the folders ``sources``. The others are in ``home/name`` with their reasons, where a
     continued training finds them. Of processes that train together, the first looks. Raises :class:`Refused`
     where they are more than ``max_failed`` of all, or none is left, and removes ``home``, so that the same
-    command works once they are mended.
+    command works once they are fixed.
     """
     shards, max_failed = Shards(home / name, Failed), config.max_failed
     with distributed.main_first(config.model.device):
@@ -87,5 +87,5 @@ def _refused(failed: Sequence[Failed], total: int, max_failed: float, sources: S
     return Refused(
         f"{what}\n{_reasons(failed)[1]}{passed_over}",
         where=", ".join(map(str, sources)),
-        mend="mend them (data/README.md has the forms), or allow more with --max_failed",
+        fix="fix them (data/README.md has the forms), or allow more with --max_failed",
     )

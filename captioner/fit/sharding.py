@@ -30,7 +30,7 @@ def sharded(captioner: Captioner, device: str, bfloat16: bool) -> Generator[None
     empty = {
         id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in model.parameters()
     }
-    whole = copy.deepcopy(model, empty)  # nothing takes the sharding off a model again
+    whole = copy.deepcopy(model, empty)  # torch cannot undo fully_shard on a model
     mesh = init_device_mesh(device, (world_size(),))
     half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     policy = half if bfloat16 else MixedPrecisionPolicy()

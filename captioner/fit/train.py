@@ -9,8 +9,10 @@ Shapes: B batch, T tokens of a packed row, L tokens of a branch, D width.
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
+import math
 import os
 import random
 import shutil
@@ -30,6 +32,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import SFTConfig, SFTTrainer
+from trl.trainer.utils import add_fused_lm_head
 
 from captioner import prompts
 from captioner.config import FullTuning, SoftPromptConfig, TrainingConfig, Tuning
@@ -44,6 +47,7 @@ from captioner.views import BadImage, load_image
 ADAPTER = "captioner"  # name of the one adapter that a captioner carries
 CACHE_BYTES = 1 << 29  # of cut images that are kept between epochs
 CACHED_BRANCHES = 1 << 16
+LARGE = 500_000_000  # parameters above which a batch of several images with all activations fills a GPU
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,7 @@ class Target:
 
     text: str | None
     answer: str
+    silent: tuple[tuple[int, int], ...] = ()  # characters of the answer that are read and not learned
 
 
 @dataclass(frozen=True)
@@ -106,7 +111,7 @@ class Collator:
         whole_only = not self._multi_view(positions[0] // self.batch_size)
         picked = [self.order(position) for position in positions]
         rows = [
-            TrainRow(patches, grid, whole_only, [self.branch(t.text, t.answer) for t in targets])
+            TrainRow(patches, grid, whole_only, [self.branch(t.text, t.answer, t.silent) for t in targets])
             for (patches, grid), targets in zip(
                 self._patches(picked, whole_only), map(self._targets, picked, positions), strict=True
             )
@@ -121,7 +126,7 @@ class Collator:
             raise DataError(
                 f"a row reaches position {int(reach.max())}; the model ends at {self.longest}",
                 where=self.images.keys[picked[int(reach.argmax())]],
-                mend="shorten its caption, or use fewer or smaller views",
+                fix="shorten its caption, or use fewer or smaller views",
             )
         return batch
 
@@ -144,7 +149,7 @@ class Collator:
                 f"{len(long)} of {len(self.images)} images have captions that do not fit: the model ends at "
                 f"position {self.longest}",
                 where=", ".join(long[:5]) + (", ..." if len(long) > 5 else ""),
-                mend="shorten or leave out these captions, or use fewer or smaller views",
+                fix="shorten or leave out these captions, or use fewer or smaller views",
             )
 
     def _prefix_reach(self, path: Path) -> int:
@@ -185,8 +190,8 @@ class Collator:
         try:
             return load_image(path)[0]
         except BadImage as error:
-            mend = "remove or replace the image"
-            raise DataError(str(error), where=str(path), mend=mend) from error
+            fix = "remove or replace the image"
+            raise DataError(str(error), where=str(path), fix=fix) from error
 
 
 # ---- trainers
@@ -224,7 +229,7 @@ class _Trainer:
             raise self.not_finite(
                 f"loss {loss.item()}, gradient norm {norm.item()} at step {self.state.global_step + 1}",
                 where=f"images {', '.join(self.data_collator.keys(positions))}",
-                mend="lower the section's training.learning_rate, or leave these images out",
+                fix="lower the section's training.learning_rate, or leave these images out",
             )
         return loss
 
@@ -373,40 +378,64 @@ def train_sft(
     last whole one. Returns the last value of every metric. Raises RunError for a loss that is not finite
     (its batch is named), DataError for an image that cannot be read.
     """
-    collator = Collator(renderer, images, training.seed, training.batch_size)
+    training = by_steps(training, len(images), world_size())
+    collator = Collator(renderer, images, training.seed, training.per_device_train_batch_size)
     args = sft_arguments(captioner, training, out)
     validate = None
     if validation is not None:
-        validate = partial(validation_loss, captioner, renderer, validation, training.batch_size)
-    elif training.patience:
-        mend = "name validation images, or --sft.training.patience 0"
-        raise ConfigError("An early stop needs a validation loss.", where="training.patience", mend=mend)
-    log = _Log(out, validate, training.patience)
+        size = args.per_device_train_batch_size
+        whole = training.per_device_train_batch_size
+        validate = partial(validation_loss, captioner, renderer, validation, whole, size)
+    elif training.early_stopping_patience:
+        where, fix = "training.early_stopping_patience", "set sft.validation, or the patience to 0"
+        raise ConfigError("An early stop needs a validation loss.", where=where, fix=fix)
+    log = _Log(out, validate, training.early_stopping_patience)
     return _train(_SFT, captioner, collator, args, out, log, report, shard=shard and world_size() > 1)
 
 
+def by_steps(training: TrainingConfig, images: int, processes: int) -> TrainingConfig:
+    """The training of so many images in so many processes, its epochs as ``max_steps``."""
+    if training.num_train_epochs is None:
+        return training
+    batch = training.per_device_train_batch_size * training.gradient_accumulation_steps * processes
+    steps = max(1, math.ceil(training.num_train_epochs * images / batch))
+    return training.model_copy(update={"max_steps": steps, "num_train_epochs": None})
+
+
 def validation_loss(
-    captioner: Captioner, renderer: Renderer, images: TrainingImages, batch_size: int
+    captioner: Captioner,
+    renderer: Renderer,
+    images: TrainingImages,
+    batch_size: int,
+    microbatch_size: int | None = None,
 ) -> float:
     """Cross-entropy per answer token over all images, each with the targets of its first draw.
 
-    Where several processes train, each computes its share of the batches.
+    Where several processes train, each computes its share of the batches. TRL's fused head gives the losses:
+    logits of every token over the whole vocabulary would need more memory than a training step.
     """
+    if "forward" not in captioner.model.__dict__:  # no trainer is at work
+        add_fused_lm_head(captioner.model)
+        try:
+            return validation_loss(captioner, renderer, images, batch_size, microbatch_size)
+        finally:
+            del captioner.model.forward
     collator = Collator(renderer, images, 0, batch_size)
     collator.order = lambda position: position  # type: ignore[assignment]
     total, tokens = 0.0, 0
     was_training = captioner.model.training
     captioner.model.eval()
-    for first in range(0, len(images), world_size() * batch_size):
-        start = first + rank() * batch_size
-        shown = range(start, min(start + batch_size, len(images)))
+    size = microbatch_size or batch_size
+    for first in range(0, len(images), world_size() * size):
+        start = first + rank() * size
+        shown = range(start, min(start + size, len(images)))
         # sharded ranks run as many forwards as the others, the last of them for nothing
         batch = collator([{"position": i} for i in shown or (0,)])
         batch.pop("positions")
         count = int((batch["labels"][:, 1:] != IGNORED).sum()) if shown else 0
         with torch.no_grad():
             arguments = {name: tensor.to(captioner.device) for name, tensor in batch.items()}
-            total += captioner.model(**arguments, use_cache=False).loss.item() * count
+            total += captioner.model(**arguments, fused_lm_head=True).loss.item() * count
         tokens += count
     captioner.model.train(was_training)
     total, all_tokens = distributed.add_up([total, tokens], captioner.device)
@@ -440,8 +469,8 @@ def tune(captioner: Captioner, tuning: Tuning, prompt: SoftPromptConfig | None, 
     """
     if isinstance(tuning, FullTuning):
         if getattr(captioner.model, "is_loaded_in_4bit", False):
-            mend = "set --model.load_in_4bit false, or train adapters"
-            raise ConfigError("Weights held in 4 bits cannot train.", where="sft.tuning.type", mend=mend)
+            fix = "set --model.load_in_4bit false, or train adapters"
+            raise ConfigError("Weights held in 4 bits cannot train.", where="sft.tuning.type", fix=fix)
         captioner.model.requires_grad_(True)
     else:
         captioner.model.requires_grad_(False)
@@ -450,8 +479,8 @@ def tune(captioner: Captioner, tuning: Tuning, prompt: SoftPromptConfig | None, 
         text = prompts.load("caption") if prompt.init is None else prompt.init
         soft_prompt.attach(captioner, prompt.length, text, trainable=prompt.trainable)
     if not any(parameter.requires_grad for parameter in captioner.model.parameters()):
-        mend = "name a part or a width, or let the soft prompt train"
-        raise ConfigError("Nothing would train.", where="tuning", mend=mend)
+        fix = "name a part or a width, or let the soft prompt train"
+        raise ConfigError("Nothing would train.", where="tuning", fix=fix)
 
 
 def trainable_table(model: torch.nn.Module) -> str:
@@ -491,8 +520,14 @@ def _train(
             if last:
                 report(f"resuming from step {last.name.rpartition('-')[2]}")
             trainer.train(resume_from_checkpoint=str(last) if last else None)
+            steps = trainer.state.global_step
+            # trainer and callbacks hold one another; AdamW's state must not wait for the collector
+            del trainer, log.trainer
         log.restore_best(captioner.model)
-    return log.last | {"seconds": time.monotonic() - begin}
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return log.last | {"steps": steps, "seconds": time.monotonic() - begin}
 
 
 def make_trainer(
@@ -520,6 +555,8 @@ def make_trainer(
         processing_class=captioner.processor,
         callbacks=list(callbacks),
     )
+    # the mean over the tokens of all batches of a step, however they are split
+    trainer.model_accepts_loss_kwargs = issubclass(kind, SFTTrainer)
     trainer.remove_callback(PrinterCallback)  # metrics.jsonl holds what it would print
     return trainer
 
@@ -535,31 +572,41 @@ def _arguments(captioner: Captioner, training: TrainingConfig, out: Path) -> dic
     Raises ConfigError for a tracker that is not installed.
     """
     device, dtype = captioner.device.type, captioner.model.dtype
+    large, recompute = captioner.model.num_parameters() > LARGE, training.gradient_checkpointing
+    whole = training.per_device_train_batch_size
+    micro = training.microbatch_size or (1 if large else whole)
+    if whole % micro:
+        raise ConfigError(
+            f"Microbatches of {micro} images do not divide a batch of {whole}.",
+            where="training.microbatch_size",
+            fix="name a divisor of training.per_device_train_batch_size",
+        )
     for tracker in training.report_to:
         if importlib.util.find_spec(tracker) is None:
-            where, mend = "training.report_to", f"pip install {tracker}, or leave it out"
-            raise ConfigError(f"{tracker} is not installed", where=where, mend=mend)
+            where, fix = "training.report_to", f"pip install {tracker}, or leave it out"
+            raise ConfigError(f"{tracker} is not installed", where=where, fix=fix)
     os.environ.pop("ACCELERATE_MIXED_PRECISION", None)  # transformers leaves the last training's choice there
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(out / "logs")
     return {
         "output_dir": str(out / "checkpoints"),
-        "max_steps": training.steps,
-        "per_device_train_batch_size": training.batch_size,
-        "gradient_accumulation_steps": training.accumulation,
+        "max_steps": training.max_steps,
+        "per_device_train_batch_size": micro,
+        "gradient_accumulation_steps": training.gradient_accumulation_steps * whole // micro,
         "learning_rate": training.learning_rate,
         "lr_scheduler_type": "cosine",
-        "warmup_steps": round(training.warmup * training.steps),
+        "warmup_steps": round(training.warmup_ratio * training.max_steps),
         "weight_decay": training.weight_decay,
         "max_grad_norm": training.max_grad_norm,
         "optim": "adamw_torch",
         "seed": training.seed,
         "save_steps": training.save_steps,
         "save_total_limit": 2,
-        "logging_steps": min(training.log_steps, training.steps),  # a short training says something, too
+        # a short training says something, too
+        "logging_steps": min(training.logging_steps, training.max_steps),
         "logging_nan_inf_filter": False,
         "bf16": dtype == torch.bfloat16 or (device == "cuda" and dtype != torch.float64),
         "use_cpu": device == "cpu",
-        "gradient_checkpointing": training.gradient_checkpointing,
+        "gradient_checkpointing": large if recompute is None else recompute,
         "gradient_checkpointing_kwargs": {"use_reentrant": False},
         "remove_unused_columns": False,
         # On a GPU the batches are prepared beside it; on a CPU workers would only take the model's cores.
@@ -616,7 +663,7 @@ def _check_precision(model: torch.nn.Module) -> None:
         raise RunError(
             f"{len(odd)} frozen parameters are {frozen[odd[0]].dtype}, the others are not",
             where=", ".join(odd[:3]),
-            mend="store the checkpoint in one number format",
+            fix="store the checkpoint in one number format",
         )
 
 

@@ -49,7 +49,7 @@ def checkpoint_of(run: Run) -> Path | None:
             raise ConfigError(
                 "the judge is the verifier that made golden captions: it would praise its own mistakes",
                 where=f"gate.judge.checkpoint = {named}, {verifier}",
-                mend="name another, or none: captioner iterate then trains one on half of the QA images",
+                fix="name another, or none: captioner iterate then trains one on half of the QA images",
             )
     return path
 

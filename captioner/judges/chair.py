@@ -77,7 +77,7 @@ def read_vocabulary(folder: Path) -> Vocabulary:
         synonyms = [" ".join(each.split()).lower() for each in line.split(",") if each.strip()]
         names |= {tuple(each.split()): synonyms[0] for each in synonyms}
     if not names:
-        raise DataError("synonyms.txt names no object", where=str(path), mend=f"get it again from {SYNONYMS}")
+        raise DataError("synonyms.txt names no object", where=str(path), fix=f"get it again from {SYNONYMS}")
     for noun in _ANIMALS:
         names |= {(qualifier, noun): names.get((noun,), "") for qualifier in ("baby", "adult")}
     names |= {("passenger", noun): names.get((noun,), "") for noun in _VEHICLES}
@@ -141,7 +141,7 @@ def _object(names: Mapping[int, str], category: int, path: Path) -> str:
         raise DataError(
             f"category {category} of the instances has no name in synonyms.txt",
             where=str(path),
-            mend="use the synonyms.txt and the instances that belong together",
+            fix="use the synonyms.txt and the instances that belong together",
         )
     return names[category]
 

@@ -72,7 +72,7 @@ class Answers:
                 raise DataError(
                     f"Line {number} of the answers is not one of ours: {error}",
                     where=str(path),
-                    mend="Move the file away; the review starts a new one.",
+                    fix="Move the file away; the review starts a new one.",
                 ) from error
 
     def _take(self, id: str, row: dict[str, Any]) -> None:

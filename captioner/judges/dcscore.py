@@ -52,7 +52,7 @@ def dcscore(units: Mapping[str, Sequence[Unit]], folder: Path) -> Scores:
             raise DataError(
                 f"a unit is matched to a fact outside 0 to {facts[key] - 1}",
                 where=key,
-                mend="match units to the places of the facts in the file",
+                fix="match units to the places of the facts in the file",
             )
         rows[key] = _row(own, facts[key])
     return tabulate("dcscore", rows, _metrics, columns=COLUMNS, annotated=len(facts))

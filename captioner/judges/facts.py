@@ -59,8 +59,8 @@ class FactList:
         wordings = [row if isinstance(row, list) else [row] for row in rows]
         texts = [text for row in wordings for text in row]
         if not texts or not all(isinstance(text, str) and normalise(text) for text in texts):
-            mend = 'write "facts": ["red cup", ["wooden table", "table of wood"]]'
-            raise DataError("not a list of facts", where=where or repr(facts)[:80], mend=mend)
+            fix = 'write "facts": ["red cup", ["wooden table", "table of wood"]]'
+            raise DataError("not a list of facts", where=where or repr(facts)[:80], fix=fix)
         return cls(tuple(tuple(map(normalise, row)) for row in wordings))
 
 
@@ -77,7 +77,7 @@ def read(facts: str | None) -> Facts | None:
     try:
         return FactList.of(json.loads(facts))
     except ValueError as error:
-        raise DataError(f"facts are no JSON: {error}", where=facts[:80]) from error
+        raise DataError(f"facts are not JSON: {error}", where=facts[:80]) from error
 
 
 def read_file(path: Path) -> dict[str, FactList]:
@@ -92,14 +92,14 @@ def read_file(path: Path) -> dict[str, FactList]:
         try:
             row = json.loads(line) if line.strip() else None
         except ValueError as error:
-            raise DataError(f"a line is no JSON: {error}", where=where) from error
+            raise DataError(f"a line is not JSON: {error}", where=where) from error
         if row is None:
             continue
         name = row.get("file_name") if isinstance(row, dict) else None
         if not isinstance(name, str):
-            raise DataError("no file_name", where=where, mend="name the image in the field file_name")
+            raise DataError("no file_name", where=where, fix="name the image in the field file_name")
         if name in found:
-            raise DataError(f"the image {name!r} is named twice", where=where, mend="keep one line per image")
+            raise DataError(f"the image {name!r} is named twice", where=where, fix="keep one line per image")
         found[name] = FactList.of(row.get("facts"), where)
     return found
 

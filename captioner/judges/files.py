@@ -22,7 +22,7 @@ def missing(folder: Path, name: str, origin: str) -> DataError:
     return DataError(
         f"the annotation file {name} is missing",
         where=str(folder),
-        mend=f"get {name} from {origin} and put it into {folder}",
+        fix=f"get {name} from {origin} and put it into {folder}",
     )
 
 
@@ -43,7 +43,7 @@ def find_one(folder: Path, pattern: str, origin: str) -> Path:
         raise DataError(
             f"{len(found)} files match {pattern}",
             where=", ".join(map(str, found[:3])),
-            mend="keep one of them in the folder",
+            fix="keep one of them in the folder",
         )
     return found[0]
 
@@ -83,7 +83,7 @@ def _unfit(path: Path, error: Exception, place: str = "") -> DataError:
     return DataError(
         f"the annotation file is not as its benchmark publishes it: {reason}",
         where=f"{path}{place}",
-        mend="get the file again from where the benchmark publishes it",
+        fix="get the file again from where the benchmark publishes it",
     )
 
 
@@ -106,7 +106,7 @@ def numbers(captions: Mapping[str, str], benchmark: str) -> dict[int, str]:
             raise DataError(
                 f"{benchmark}: a caption's key {reason}",
                 where=key,
-                mend="name each caption after its image file, as the benchmark names the image",
+                fix="name each caption after its image file, as the benchmark names the image",
             )
         by_number[found] = key
     return by_number
@@ -119,5 +119,5 @@ def check_known(keys: Collection[str], benchmark: str, where: Path) -> None:
         raise DataError(
             f"{benchmark}: {len(keys)} captioned images are not in the annotation files: {named}",
             where=str(where),
-            mend="caption images of the benchmark, and leave others out of the caption file",
+            fix="caption images of the benchmark, and leave others out of the caption file",
         )

@@ -110,7 +110,7 @@ def read_questions(folder: Path) -> dict[str, list[_Question]]:
                     raise DataError(
                         f"the answer to {each.question!r} is not one of at least two choices",
                         where=f"{path}, {row.id}",
-                        mend="leave the question out",
+                        fix="leave the question out",
                     )
     return images
 
@@ -124,7 +124,7 @@ def _read_table(path: Path) -> list[_Image]:
         raise DataError(
             f"cannot read columns id and questions: {error}",
             where=str(path),
-            mend=f"get it again from {ORIGIN}",
+            fix=f"get it again from {ORIGIN}",
         ) from error
 
 

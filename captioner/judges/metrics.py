@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from captioner.errors import DataError
 from captioner.laboratory import Facts
-from captioner.statements import comparable_statements
+from captioner.statements import comparable_statements, repeats
 
 Array = NDArray[np.float64]
 
@@ -102,7 +102,7 @@ def count(
     """
     said = comparable_statements(caption)
     row = dict.fromkeys(COLUMNS, 0.0)
-    row |= {"captions": 1, "statements": len(said), "repeated": len(said) - len(set(said))}
+    row |= {"captions": 1, "statements": len(said), "repeated": repeats(said)}
     row |= {"ended": int(finish_reason == "stop"), "tokens": tokens}
     if known is None:
         return Counts(key, False, tuple(row.values()))
@@ -197,9 +197,7 @@ def difference_runs(
 ) -> dict[str, Interval]:
     """Mean over S runs of after - before; run s of one side is paired with run s of the other."""
     if len(before) != len(after) or not before:
-        raise DataError(
-            f"{len(before)} runs cannot be paired with {len(after)}", mend="give one of each seed"
-        )
+        raise DataError(f"{len(before)} runs cannot be paired with {len(after)}", fix="give one of each seed")
     old, old_draws = _draw(before, resamples, seed)
     new, new_draws = _draw(after, resamples, seed)
     _same_keys(before[0], after[0])
@@ -213,7 +211,7 @@ def _same_keys(one: Sequence[Counts], other: Sequence[Counts]) -> None:
         raise DataError(
             "captioners are compared on different images",
             where=", ".join(odd) or "a repeated key",
-            mend="caption the same images with each of them",
+            fix="caption the same images with each of them",
         )
 
 
@@ -223,7 +221,7 @@ def _draw(
     """Mean metrics over S runs, and their R bootstrap draws. The draws depend on (S, N, R, seed) alone, which
     is what pairs two captioners."""
     if not runs or not runs[0]:
-        raise DataError("no captions to evaluate", mend="check that the data set is not empty")
+        raise DataError("no captions to evaluate", fix="check that the data set is not empty")
     for rows in runs[1:]:
         _same_keys(runs[0], rows)
     order = [sorted(rows, key=lambda r: r.key) for rows in runs]

@@ -64,7 +64,7 @@ def pope(answers: Mapping[str, str], folder: Path) -> Scores:
         raise DataError(
             f"pope: {len(strange)} answers are to unknown questions: {', '.join(strange[:3])}",
             where=str(folder),
-            mend="name each answer SPLIT/QUESTION_ID, as random/1",
+            fix="name each answer SPLIT/QUESTION_ID, as random/1",
         )
     columns = [f"{split} {column}" for split in SPLITS for column in COUNTS]
     return tabulate(

@@ -53,5 +53,5 @@ def score(name: str, given: Mapping[str, Any], annotations: Path, **options: Any
     fixed_budget. ConfigError for an unknown name, DataError for what does not fit.
     """
     if name not in BENCHMARKS:
-        raise ConfigError(f"no benchmark is called {name!r}", mend=f"choose from {', '.join(BENCHMARKS)}")
+        raise ConfigError(f"no benchmark is called {name!r}", fix=f"choose from {', '.join(BENCHMARKS)}")
     return BENCHMARKS[name].score(given, annotations, **options)

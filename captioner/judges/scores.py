@@ -82,7 +82,7 @@ def tabulate(
 ) -> Scores:
     """Scores of rows of sums by image key; a column that a row lacks is 0. DataError for no row at all."""
     if not rows:
-        raise DataError(f"{name}: no captions to score", mend="check that the caption file is not empty")
+        raise DataError(f"{name}: no captions to score", fix="check that the caption file is not empty")
     keys = tuple(sorted(rows))
     counts = np.array([[rows[key].get(column, 0) for column in columns] for key in keys], dtype=np.float64)
     return Scores(name, keys, tuple(columns), counts, formula, frozenset(lower_is_better), annotated)
@@ -99,7 +99,7 @@ def difference(before: Scores, after: Scores, *, resamples: int = 2000, seed: in
         raise DataError(
             f"{before.name}: the captioners are compared on different images",
             where=", ".join(odd[:3]) + (f" and {len(odd) - 3} more" if len(odd) > 3 else ""),
-            mend="caption the same images with each of them",
+            fix="caption the same images with each of them",
         )
     old, new = before._draws(resamples, seed), after._draws(resamples, seed)
     start, end = before.corpus(), after.corpus()

@@ -20,7 +20,6 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy.stats import binomtest
 
 from captioner.judges.base import Comparison, Kind, Said, compared, counted
 from captioner.judges.metrics import Counts, Interval
@@ -131,6 +130,8 @@ def false_pass_of(checked: Iterable[tuple[str, bool]]) -> dict[str, float]:
 
 
 def _upper(successes: int, trials: int) -> float:
+    from scipy.stats import binomtest  # a second of its own, which --help would wait for
+
     return float(binomtest(successes, trials).proportion_ci(0.95, method="exact").high)
 
 

@@ -1,1 +1,1 @@
-"""The laboratory: pictures whose facts are known exactly, and how the shipped base was trained on them."""
+"""The laboratory: pictures whose facts are known exactly, and how a base is trained on them."""

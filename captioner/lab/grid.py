@@ -24,6 +24,7 @@ from PIL import Image, ImageDraw
 
 from captioner.errors import DataError
 from captioner.laboratory import Judgement, Laboratory
+from captioner.statements import split_statements
 
 SIZE_PX = 128
 CELL_PX = 40
@@ -468,7 +469,7 @@ def execute(statement: str, scene: Scene) -> bool | None:
 
 def parse(caption: str) -> list[str | None]:
     """Canonical statements of a shorthand caption in order, None for each that cannot be parsed."""
-    return [normalise(part) for part in re.split(r"[,;\n]", caption) if part.strip()]
+    return [normalise(part) for part in split_statements(caption)]
 
 
 def parse_prose(caption: str) -> list[str | None]:
@@ -524,7 +525,7 @@ def _tally(hits: Any) -> dict[str, tuple[int, int]]:
 
 def claims(statements: Sequence[str], facts: str, rng: random.Random) -> list[dict[str, Any]]:
     """The statements of a scene's captions as they stand (``stated``) and with one word changed or a
-    relation turned (``swap``); what cannot be parsed is no claim."""
+    relation turned (``swap``); what cannot be parsed does not become a claim."""
     scene = Scene.from_json(facts)
     found: dict[str, dict[str, Any]] = {}
     stated = [(text, "stated") for text in statements]
@@ -555,7 +556,7 @@ def rows(
 ) -> Iterator[tuple[Image.Image, dict[str, Any]]]:
     """Pictures with their metadata row. Raises DataError for an unknown split."""
     if split not in SPLITS:
-        raise DataError(f"no split {split!r} of the scenes", mend=f"one of {', '.join(SPLITS)}")
+        raise DataError(f"no split {split!r} of the scenes", fix=f"one of {', '.join(SPLITS)}")
     for index in range(offset, offset + count):
         scene = sample(split, index, seed)
         stream = (

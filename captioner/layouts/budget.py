@@ -49,12 +49,12 @@ def counter(tokenizer: str | Path, budget: int | None = None) -> tuple[Callable[
     except Exception as error:  # a boundary: broken files make it raise anything
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(
-            f"not a tokenizer: {reason}", where=where, mend="name a folder that holds tokenizer.json"
+            f"not a tokenizer: {reason}", where=where, fix="name a folder that holds tokenizer.json"
         ) from error
     if budget is None:
         budget = words.model_max_length - words.num_special_tokens_to_add()
         if budget > UNLIMITED:
-            raise ConfigError("the tokenizer names no limit", where=where, mend="add --max-tokens N")
+            raise ConfigError("the tokenizer names no limit", where=where, fix="add --max-tokens N")
     if budget < 1:
-        raise ConfigError(f"a budget of {budget} tokens", where=where, mend="--max-tokens 75, for instance")
+        raise ConfigError(f"a budget of {budget} tokens", where=where, fix="--max-tokens 75, for instance")
     return lambda text: len(words(text, add_special_tokens=False, verbose=False)["input_ids"]), budget

@@ -129,7 +129,7 @@ def named_objects(text: str) -> list[tuple[str, str]]:
     """
     found: dict[str, str] = {}
     for match in _known("object").finditer(text):
-        word = _singular(match[0].lower())
+        word = singular(match[0].lower())
         behind = re.match(r"\s+([\w-]+)", text[match.end() :])
         before = re.search(r"([\w-]+)\s+$", text[: match.start()])
         last = behind is None or bool(_BEHIND_A_THING.fullmatch(behind[1]))
@@ -149,7 +149,7 @@ def first_of(word: str) -> str:
     """The word that stands for all that mean the same as ``word``; itself where none is known."""
     word = word.lower()
     for kind in ("object", "color", "material", "size", "action", "scene", "style"):
-        one = _singular(word) if kind == "object" else word
+        one = singular(word) if kind == "object" else word
         if one in _FIRST[kind]:
             return _FIRST[kind][one]
     return word
@@ -180,14 +180,21 @@ _TABLES = {
 _IRREGULAR = dict(pair.split(":") for pair in words.IRREGULAR.split())
 _PLURAL = {one: many for many, one in _IRREGULAR.items()}
 _SAME = frozenset(words.SAME_PLURAL.split())
-_TOO_NEAR = frozenset(words.TOO_NEAR.split())
+TOO_NEAR = frozenset(words.TOO_NEAR.split())
 _FIRST = {
     kind: {word: group[0] for family in families for group in family for word in group}
     for kind, families in _TABLES.items()
 }
 
 
-def _singular(word: str) -> str:
+def family(kind: str, member: str) -> dict[str, str]:
+    """The words of the family of ``kind`` that has ``member``: each with the first word of its group."""
+    found = next(family for family in _TABLES[kind] for group in family if member in group)
+    return {word: group[0] for group in found for word in group}
+
+
+def singular(word: str) -> str:
+    """The singular of an English noun, by rules; another word may lose its last letter."""
     if word in _SAME or word in _PLURAL:
         return word
     if word in _IRREGULAR:
@@ -197,11 +204,17 @@ def _singular(word: str) -> str:
     return word[:-1] if word.endswith("s") and not word.endswith("ss") else word
 
 
-def _plural(word: str) -> str:
+def plural(word: str) -> str:
+    """The plural of a noun, of which the last word counts."""
+    first, space, word = word.rpartition(" ")
+    if space:
+        return f"{first} {plural(word)}"
     if word in _SAME or word in _IRREGULAR:
         return word
     if word in _PLURAL:
         return _PLURAL[word]
+    if re.search(r"[^aeiou]y$", word):
+        return f"{word[:-1]}ies"
     return word + ("es" if re.search(r"(?:s|sh|ch|x|to)$", word) else "s")
 
 
@@ -210,7 +223,7 @@ def _known(kind: str) -> re.Pattern[str]:
     """The words of a kind, of things the plurals too."""
     known = set(_FIRST[kind])
     if kind == "object":
-        known |= {_plural(word) for word in known}
+        known |= {plural(word) for word in known}
     listed = sorted(map(re.escape, known), key=len, reverse=True)
     return re.compile(rf"(?<![\w-])(?:{'|'.join(listed)})(?![\w-])", re.IGNORECASE)
 
@@ -221,12 +234,12 @@ def _known(kind: str) -> re.Pattern[str]:
 def _word_swaps(statement: str, kind: str) -> Iterator[str]:
     for match in _known(kind).finditer(_unquoted(statement)):
         said = match[0].lower()
-        one = _singular(said) if kind == "object" and said not in _FIRST[kind] else said
+        one = singular(said) if kind == "object" and said not in _FIRST[kind] else said
         for family in _TABLES[kind]:
             for own in (group for group in family if one in group):
                 for group in family:
-                    if group is not own and not {f"{own[0]}-{group[0]}", f"{group[0]}-{own[0]}"} & _TOO_NEAR:
-                        other = _plural(group[0]) if one != said else group[0]
+                    if group is not own and not {f"{own[0]}-{group[0]}", f"{group[0]}-{own[0]}"} & TOO_NEAR:
+                        other = plural(group[0]) if one != said else group[0]
                         yield _put(statement, match.start(), match.end(), other)
 
 

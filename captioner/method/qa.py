@@ -6,18 +6,18 @@ same questions tell between which probabilities its word is not good enough.
 
 from __future__ import annotations
 
-import itertools
 import json
-import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rich.table import Column, Table
+from scipy.special import expit, log_expit, logit
 
 from captioner import prompts
 from captioner.errors import DataError, RunError
@@ -32,8 +32,10 @@ ANSWERS = ("yes", "no")
 OPEN = "open"  # stratum of a question that asks for a word
 WORDINGS = ("question", "question_again")  # prompts that put a statement as a question
 GRAY = (128, 128, 128)  # what the blind baseline sees
+ENOUGH = 20  # answers below which a share says nothing
 BINS = 10  # of the calibration error
 BAND_GROUP = 40  # answers whose share of "yes" is looked at together
+HELD_OUT = "held_out.json"  # of a QA stage: keys of the images that its verifier was not trained on
 RIDGE = 0.1  # on the coefficients of a logistic regression
 SHARPEST, FLATTEST = 0.05, 20.0  # temperatures that are not exceeded
 
@@ -50,6 +52,24 @@ def question_text(question: Question, wording: str = WORDINGS[0]) -> str:
     if text.rstrip().endswith("?") or not is_yes_no(question):
         return text
     return prompts.load(wording, statement=text)
+
+
+def read_rows(data: Path, max_bad: float, seed: int) -> tuple[list[ImageRow], dict[str, int]]:
+    """Images with yes/no questions of a folder or question file, and counts of what a file holds.
+
+    Raises DataError where there are none, Refused where more than ``max_bad`` of a file's rows are bad.
+    """
+    from captioner.sources import questions
+
+    rows, counts = questions.read_any(data, max_bad)
+    if counts:
+        asked = balance([row.questions or [] for row in rows], seed)
+        rows = [replace(row, questions=[dict(q) for q in own]) for row, own in zip(rows, asked, strict=True)]
+    rows = [row for row in rows if any(map(is_yes_no, row.questions or []))]
+    if not rows:
+        fix = "give the folder's metadata a column questions with yes/no answers"
+        raise DataError("no image has yes/no questions", where=str(data), fix=fix)
+    return rows, counts
 
 
 def balance(asked: Sequence[Sequence[Question]], seed: int) -> list[list[Question]]:
@@ -117,7 +137,7 @@ def split(keys: Sequence[str], share: float, seed: int) -> tuple[list[int], list
     """
     if len(keys) < 2:
         raise DataError(
-            f"{len(keys)} image with yes/no questions", mend="give qa.data more images: some are held out"
+            f"{len(keys)} image with yes/no questions", fix="give qa.data more images: some are held out"
         )
     order = sorted(range(len(keys)), key=lambda i: (row_seed(seed, "holdout", keys[i]), keys[i]))
     held = min(max(1, round(share * len(keys))), len(keys) - 1)
@@ -150,6 +170,8 @@ class Accuracy:
     calibration_error: float
     label_mass: float  # mean probability of "yes" and "no" together
     blind: float | None = None  # accuracy of the same verifier on the same questions without the image
+    false_veto: float | None = None  # share of the true ones answered "no"
+    false_pass: float | None = None  # share of the false ones answered "yes"
 
 
 def accuracy(answers: Sequence[Answer]) -> Accuracy:
@@ -174,6 +196,8 @@ def accuracy(answers: Sequence[Answer]) -> Accuracy:
         yes_ratio=sum(said) / count,
         calibration_error=sum(gaps) / count,
         label_mass=sum(answer.label_mass for answer in answers) / count,
+        false_veto=1 - both / sum(true) if any(true) else None,
+        false_pass=(sum(said) - both) / (count - sum(true)) if not all(true) else None,
     )
 
 
@@ -245,7 +269,7 @@ class Calibration(BaseModel):
             return cls.model_validate(json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, ValidationError) as error:
             raise RunError(
-                f"no calibration: {error}", where=str(path), mend="captioner qa --round N --redo"
+                f"no calibration: {error}", where=str(path), fix="captioner qa --round N --redo"
             ) from error
 
 
@@ -258,7 +282,7 @@ def calibrate(answers: Sequence[Answer], target: float) -> Calibration:
 
 def scale(p: float, temperature: float) -> float:
     """A probability with its logit divided by ``temperature`` (Guo et al. 2017, eq. 9, two classes)."""
-    return _sigmoid(_logit(p) / temperature)
+    return float(expit(log_odds([p])[0] / temperature))
 
 
 def scaled(answers: Sequence[Answer], temperature: float) -> list[Answer]:
@@ -267,33 +291,34 @@ def scaled(answers: Sequence[Answer], temperature: float) -> list[Answer]:
 
 def combine(probabilities: Sequence[float]) -> float:
     """One probability from several askings: the mean of their logits."""
-    return _sigmoid(sum(map(_logit, probabilities)) / len(probabilities))
+    return float(expit(log_odds(probabilities).mean()))
 
 
-def _logit(p: float) -> float:
-    p = min(max(p, 1e-12), 1 - 1e-12)
-    return math.log(p / (1 - p))
-
-
-def _sigmoid(x: float) -> float:
-    return 1.0 / (1.0 + math.exp(-x))
+def log_odds(probabilities: Sequence[float]) -> np.ndarray:
+    """Their logits (N), finite where a probability is 0 or 1."""
+    return logit(np.clip(np.asarray(probabilities, dtype=float), 1e-12, 1 - 1e-12))
 
 
 def fit_temperature(answers: Sequence[Answer]) -> float:
     """The temperature with the least negative log-likelihood; 1 where there is only one kind of answer.
 
-    The likelihood is concave in the inverse temperature: its slope is bisected.
+    The likelihood is concave in the inverse temperature, so there is one best.
     """
-    logits = np.array([_logit(answer.p_yes) for answer in answers])
-    labels = np.array([answer.expected == "yes" for answer in answers], dtype=float)
-    if labels.min() == labels.max():
+    from scipy.optimize import minimize_scalar  # half a second to import
+
+    logits = log_odds([answer.p_yes for answer in answers])
+    labels = np.array([answer.expected == "yes" for answer in answers])
+    if labels.all() or not labels.any():
         return 1.0
-    low, high = 1 / FLATTEST, 1 / SHARPEST
-    for _ in range(60):
-        middle = (low + high) / 2
-        slope = float(logits @ (1 / (1 + np.exp(-np.clip(middle * logits, -50, 50))) - labels))
-        low, high = (middle, high) if slope < 0 else (low, middle)
-    return 2 / (low + high)
+    signed = np.where(labels, logits, -logits)
+    bounds = (1 / FLATTEST, 1 / SHARPEST)
+    best = minimize_scalar(
+        lambda sharp: -log_expit(sharp * signed).sum(),
+        bounds=bounds,
+        method="bounded",
+        options={"xatol": 1e-9},
+    )
+    return float(1 / best.x)
 
 
 def undecided(p: float, calibration: Calibration) -> bool:
@@ -329,49 +354,42 @@ def cross_fitted(answers: Sequence[Answer], images: Sequence[str]) -> list[Answe
     ]
 
 
-def log_odds(probabilities: Sequence[float]) -> np.ndarray:
-    return np.array([_logit(p) for p in probabilities], dtype=float)
-
-
 def logistic(features: np.ndarray, targets: np.ndarray, weights: np.ndarray | float = 1.0) -> np.ndarray:
-    """Coefficients (D) of a logistic regression on ``features`` (N, D), targets (N) 0..1; Newton's method.
+    """Coefficients (D) of a logistic regression on ``features`` (N, D), targets (N) anywhere in 0..1.
 
-    The ridge keeps them finite where the classes separate.
+    The ridge keeps them finite where the classes separate. (Those of scikit-learn take classes 0 and 1 only.)
     """
-    found = np.zeros(features.shape[1])
-    for _ in range(30):
-        p = expit(features @ found)
-        slope = features.T @ (weights * (targets - p)) - RIDGE * found
-        bend = (features.T * (weights * p * (1 - p))) @ features + RIDGE * np.eye(len(found))
-        step = np.linalg.solve(bend, slope)
-        found = found + step
-        if np.abs(step).max() < 1e-6:
-            break
-    return found
+    from scipy.optimize import minimize
 
+    def loss(x: np.ndarray) -> tuple[float, np.ndarray]:
+        at = features @ x
+        nll = -(weights * (targets * log_expit(at) + (1 - targets) * log_expit(-at))).sum()
+        slope = features.T @ (weights * (expit(at) - targets))
+        return nll + RIDGE / 2 * x @ x, slope + RIDGE * x
 
-def expit(x: np.ndarray) -> np.ndarray:
-    return 1.0 / (1.0 + np.exp(-np.clip(x, -30.0, 30.0)))
+    def bend(x: np.ndarray) -> np.ndarray:
+        p = expit(features @ x)
+        return (features.T * (weights * p * (1 - p))) @ features + RIDGE * np.eye(len(x))
+
+    start = np.zeros(features.shape[1])
+    return minimize(loss, start, jac=True, hess=bend, method="trust-exact", options={"gtol": 1e-8}).x
 
 
 def band(answers: Sequence[Answer], target: float) -> tuple[float, float]:
     """(keep, drop): from ``keep`` on "yes", below ``drop`` "no" is right in at least ``target`` of the cases.
 
-    The share of "yes" as a function of P(yes), made monotone (isotonic regression by pooling adjacent
-    violators) over groups of ``BAND_GROUP`` answers. (1, 0) where the target is never reached.
+    The share of "yes" as a function of P(yes), made monotone (isotonic regression) over groups of
+    ``BAND_GROUP`` answers. (1, 0) where the target is never reached.
     """
+    from scipy.optimize import isotonic_regression
+
     ordered = sorted(answers, key=lambda answer: answer.p_yes)
-    groups = max(1, len(ordered) // BAND_GROUP)
-    edges = [round(i * len(ordered) / groups) for i in range(groups + 1)]
-    blocks: list[tuple[float, int, int]] = []  # lowest P(yes), "yes" answers, answers
-    for start, end in itertools.pairwise(edges):
-        members = ordered[start:end]
-        block = (members[0].p_yes, sum(a.expected == "yes" for a in members), len(members))
-        while blocks and blocks[-1][1] * block[2] >= block[1] * blocks[-1][2]:
-            low, yes, count = blocks.pop()
-            block = (low, yes + block[1], count + block[2])
-        blocks.append(block)
-    keep = next((low for low, yes, count in blocks if yes >= target * count), 1.0)
-    unsure = next((i for i, (_, yes, count) in enumerate(blocks) if yes > (1 - target) * count), None)
+    groups = np.array_split(np.arange(len(ordered)), max(1, len(ordered) // BAND_GROUP))
+    lowest = [ordered[group[0]].p_yes for group in groups]
+    shares = [fmean(ordered[i].expected == "yes" for i in group) for group in groups]
+    fitted = isotonic_regression(shares, weights=[len(group) for group in groups])
+    blocks = [(lowest[start], fitted.x[start] + 0.0) for start in fitted.blocks[:-1]]
+    keep = next((low for low, share in blocks if share >= target - 1e-9), 1.0)
+    unsure = next((i for i, (_, share) in enumerate(blocks) if share > 1 - target + 1e-9), None)
     drop = keep if unsure is None else blocks[unsure][0] if unsure else 0.0
     return keep, min(drop, keep)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import re
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +15,7 @@ from captioner.method.tool import Tool
 from captioner.records import Failed
 from captioner.runs import Shards, atomic_dir
 from captioner.sources.captions import read_text
-from captioner.sources.folder import read_folder
+from captioner.sources.folder import json_line, link_image, read_folder
 from captioner.statements import split_statements, visible
 
 
@@ -29,11 +27,11 @@ def reformulate(source: Path, out: Path, tool: Tool) -> tuple[int, list[Failed]]
     caption.
     """
     if out.exists():
-        raise DataError("the output exists already", where=str(out), mend="name a new --out, or remove it")
+        raise DataError("the output exists already", where=str(out), fix="name a new --out, or remove it")
     rows = read_folder(source)
     told = [row for row in rows if row.caption]
     if not told:
-        raise DataError("no image has a caption", where=str(source), mend="see data/README.md for the forms")
+        raise DataError("no image has a caption", where=str(source), fix="see data/README.md for the forms")
     failed = [Failed(sample="", key=row.key, reason="no caption") for row in rows if not row.caption]
     count = 0
     with atomic_dir(out) as folder:
@@ -43,11 +41,8 @@ def reformulate(source: Path, out: Path, tool: Tool) -> tuple[int, list[Failed]]
                 if isinstance(text, NoAnswer):
                     failed.append(Failed(sample="", key=row.key, reason=text.reason))
                     continue
-                name = row.path.relative_to(source)
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(row.path, folder / name)
-                about = {"file_name": name.as_posix(), "text": text, "prose": row.caption}
-                file.write(json.dumps(about, ensure_ascii=False) + "\n")
+                name = link_image(row, source, folder)
+                file.write(json_line({"file_name": name, "text": text, "prose": row.caption}))
                 count += 1
         Shards(folder / "failed", Failed).write(0, failed)
     return count, failed
@@ -87,8 +82,8 @@ def read_checked(path: Path) -> list[Checked]:
     try:
         return [Checked.model_validate_json(line) for line in read_text(path).split("\n") if line.strip()]
     except ValidationError as error:
-        mend = 'a line is {"prose": ..., "facts": ["red cup", ...]}'
-        raise DataError("not captions with their facts", where=str(path), mend=mend) from error
+        fix = 'a line is {"prose": ..., "facts": ["red cup", ...]}'
+        raise DataError("not captions with their facts", where=str(path), fix=fix) from error
 
 
 def fidelity(checked: Sequence[Checked], tool: Tool) -> Fidelity:

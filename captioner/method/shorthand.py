@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from itertools import zip_longest
 
 from captioner.method import words
 from captioner.statements import EDGES, mask, normalise, split_statements
@@ -118,7 +119,10 @@ def shorthand(caption: str) -> list[str]:
                 text = _tidy(restore(statement))
                 if re.search(r"\w", text):
                     found.setdefault(normalise(text), text)
-    return list(found.values())
+    said = list(found.values())
+    return [
+        one for one, after in zip_longest(said, said[1:], fillvalue="") if not after.startswith(f"{one} ")
+    ]
 
 
 # ---------------------------------------------------------------- what can be seen

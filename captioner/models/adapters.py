@@ -15,7 +15,6 @@ Shapes: N tokens of any leading shape, D width of the tower, r inner units of th
 from __future__ import annotations
 
 import hashlib
-import json
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -117,12 +116,12 @@ def tune(
         raise ConfigError(
             f"The captioner already has the adapter {name_of(captioner)!r}.",
             where=str(captioner.path),
-            mend="export it and load the exported checkpoint: adapters do not stack",
+            fix="export it and load the exported checkpoint: adapters do not stack",
         )
     parts = () if isinstance(tuning, AdapterTuning) else tuning.parts
     if _quantized(captioner) and set(parts) - {"merger", "head", "embeddings"}:
-        mend = "train only merger, head or embeddings, or set --model.load_in_4bit false"
-        raise ConfigError("Weights held in 4 bits cannot train.", where="sft.tuning.parts", mend=mend)
+        fix = "train only merger, head or embeddings, or set --model.load_in_4bit false"
+        raise ConfigError("Weights held in 4 bits cannot train.", where="sft.tuning.parts", fix=fix)
     manifest = {
         "name": name,
         **tuning.model_dump(mode="json"),
@@ -188,20 +187,21 @@ def load(captioner: Captioner, name: str, folder: Path) -> None:
     Raises CheckpointError if it is damaged or was trained on another base.
     """
     try:
-        settings: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        settings = checkpoint.read_json(folder / CONFIG_FILE)
+        checkpoint.refuse_hostile(settings, folder / CONFIG_FILE)
         kind: Any = KINDS[settings["type"]]
         tuning = kind.model_validate({key: settings[key] for key in kind.model_fields})
         base, base_path, seed = settings["base"], settings["base_path"], int(settings["seed"])
         state = load_file(folder / WEIGHTS_FILE)
     except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
         raise CheckpointError(
-            f"The adapter cannot be read: {error}", where=str(folder), mend="train it again"
+            f"The adapter cannot be read: {error}", where=str(folder), fix="train it again"
         ) from error
     if base != fingerprint(captioner):
         raise CheckpointError(
             "The adapter was trained on another base.",
             where=str(folder),
-            mend=f"load the checkpoint it was trained on ({base_path})",
+            fix=f"load the checkpoint it was trained on ({base_path})",
         )
     tune(captioner, tuning, name, seed)
     parameters = _parameters(captioner)
@@ -209,7 +209,7 @@ def load(captioner: Captioner, name: str, folder: Path) -> None:
         key: value.shape for key, value in state.items()
     }:
         raise CheckpointError(
-            "The adapter's tensors do not fit the model.", where=str(folder), mend="train it again"
+            "The adapter's tensors do not fit the model.", where=str(folder), fix="train it again"
         )
     with torch.no_grad():
         for key, value in state.items():
@@ -234,7 +234,7 @@ def delta(captioner: Captioner, name: str) -> list[Delta]:
         raise ConfigError(
             f"A {placement} adapter cannot be exported: a stock checkpoint has no block of its form.",
             where=str(captioner.path),
-            mend='train with tuning.placement = "parallel", or caption with the hf engine',
+            fix='train with tuning.placement = "parallel", or caption with the hf engine',
         )
     plan = []
     for block, tower, unit in _units(captioner):
@@ -264,7 +264,7 @@ def merged(captioner: Captioner) -> dict[str, Tensor]:
             found[f"{key}.weight"] = base.weight.data.to(kept.dtype)
         except ValueError as error:
             raise CheckpointError(
-                "The merged weights are not finite.", where=key, mend="train it again"
+                "The merged weights are not finite.", where=key, fix="train it again"
             ) from error
         finally:
             base.weight.data = kept
@@ -322,11 +322,15 @@ def _quantized(captioner: Captioner) -> bool:
 
 def _add_bottlenecks(captioner: Captioner, tuning: AdapterTuning, name: str) -> None:
     """The up-projections start at zero."""
-    for tower, layers in captioner.layers.items():
-        width: int = getattr(tuning, f"{tower}_width")
+    sizes = {
+        "vision": (tuning.vision_width, tuning.vision_layers),
+        "language": (tuning.language_width, tuning.language_layers),
+    }
+    for tower, (width, numbers) in sizes.items():
         if not width:
             continue
-        picked = _picked(getattr(tuning, f"{tower}_layers"), len(layers), tower)
+        layers = captioner.layers[tower]
+        picked = _picked(numbers, len(layers), tower)
         if tuning.placement in LIBRARY_KINDS:
             library_adapters.add(captioner, tower, name, width, picked, tuning.placement)
             continue
@@ -355,7 +359,7 @@ def _picked(numbers: Sequence[int] | None, count: int, tower: str) -> list[int]:
         raise ConfigError(
             f"There is no {tower} layer {wrong[0]}: the model has {count}.",
             where=f"tuning.{tower}_layers",
-            mend=f"name layers from 0 to {count - 1}, or from -1 to -{count} counted from the end",
+            fix=f"name layers from 0 to {count - 1}, or from -1 to -{count} counted from the end",
         )
     return sorted({number % count for number in numbers})
 
@@ -378,19 +382,19 @@ def _add_lora(captioner: Captioner, tuning: LoraTuning, name: str, seed: int) ->
     if tuning.method == "vera":
         with warnings.catch_warnings(action="ignore"):  # that the matrices are made again from the seed
             config = peft.VeraConfig(
-                r=tuning.rank,
+                r=tuning.r,
                 target_modules=names,
-                vera_dropout=tuning.dropout,
+                vera_dropout=tuning.lora_dropout,
                 projection_prng_key=seed,
                 save_projection=False,
             )
     else:
         config = peft.LoraConfig(
-            r=tuning.rank,
-            lora_alpha=tuning.alpha,
+            r=tuning.r,
+            lora_alpha=tuning.lora_alpha,
             target_modules=names,
-            lora_dropout=tuning.dropout,
-            use_rslora=tuning.rank_stabilized,
+            lora_dropout=tuning.lora_dropout,
+            use_rslora=tuning.use_rslora,
             use_dora=tuning.method == "dora",
         )
     wrapped = peft.get_peft_model(captioner.model, config, adapter_name=name)  # changes the model in place

@@ -31,7 +31,7 @@ _SETTINGS_FILES = (
 # Keys that make transformers fetch, import or run what the checkpoint names.
 _REFUSED = re.compile(
     r"_?(attn|experts)_implementation.*"  # `owner/name` is a kernel, fetched from the hub
-    r"|auto_map|_auto_class|custom_\w+|trust_remote_code"  # Python files
+    r"|auto_map(ping)?|_auto_class|custom_\w+|trust_remote_code"  # Python files
     r"|\w*kernels?(_config|_mapping)?"
     r"|(use_)?(timm|pretrained)_backbone|use_timm\w*|backbone\w*"  # another model
     r"|transformers_weights|gguf_file"  # other weights
@@ -62,18 +62,18 @@ def check_files(path: Path, *, weights: bool = True) -> dict[str, Any]:
     where = str(path)
     if not path.is_dir():
         raise CheckpointError(
-            "There is no checkpoint directory.", where=where, mend="set --model.path to a directory"
+            "There is no checkpoint directory.", where=where, fix="set --model.path to a directory"
         )
     if not (path / "config.json").is_file():
         raise CheckpointError(
-            "The directory holds no config.json.", where=where, mend="name a checkpoint directory"
+            "The directory holds no config.json.", where=where, fix="name a checkpoint directory"
         )
     settings = read_json(path / "config.json")
     if settings.get("model_type") not in FAMILIES:
         raise CheckpointError(
             f"The architecture {settings.get('model_type')!r} is not supported.",
             where=where,
-            mend="use a Qwen2-VL, Qwen2.5-VL or Qwen3-VL checkpoint (dense, not MoE)",
+            fix="use a Qwen2-VL, Qwen2.5-VL or Qwen3-VL checkpoint (dense, not MoE)",
         )
     _check_weights(path)
     _check_processor_files(path)
@@ -86,7 +86,7 @@ def check_files(path: Path, *, weights: bool = True) -> dict[str, Any]:
         raise CheckpointError(
             "The weights are quantized (`quantization_config`).",
             where=where,
-            mend="load the checkpoint it was made from; --model.load_in_4bit holds that one in 4 bits",
+            fix="load the checkpoint it was made from; --model.load_in_4bit holds that one in 4 bits",
         )
     return settings
 
@@ -101,7 +101,7 @@ def _check_weights(path: Path) -> None:
             if pickled
             else "The directory holds no weights.",
             where=where,
-            mend="convert them to safetensors (model.save_pretrained) in an environment you trust"
+            fix="convert them to safetensors (model.save_pretrained) in an environment you trust"
             if pickled
             else "copy model.safetensors there",
         )
@@ -109,7 +109,7 @@ def _check_weights(path: Path) -> None:
         raise CheckpointError(
             "The directory holds an adapter (`adapter_config.json`) beside a model.",
             where=where,
-            mend="merge the adapter into the model, or move the file elsewhere",
+            fix="merge the adapter into the model, or move the file elsewhere",
         )
     shards = read_json(path / INDEX_FILE).get("weight_map") if (path / INDEX_FILE).is_file() else {}
     names = set(shards.values()) if isinstance(shards, dict) else {shards}
@@ -118,7 +118,7 @@ def _check_weights(path: Path) -> None:
             raise CheckpointError(
                 f"`weight_map` names {name!r}, which is no safetensors file of this directory.",
                 where=str(path / INDEX_FILE),
-                mend="copy the checkpoint again",
+                fix="copy the checkpoint again",
             )
 
 
@@ -131,7 +131,7 @@ def _check_processor_files(path: Path) -> None:
         raise CheckpointError(
             f"Processor files are missing: {', '.join(missing)}.",
             where=str(path),
-            mend="copy them from the original checkpoint",
+            fix="copy them from the original checkpoint",
         )
 
 
@@ -143,7 +143,7 @@ def own_settings(settings: dict[str, Any], path: Path) -> Own:
         raise CheckpointError(
             f"The section `captioner` of config.json cannot be read: {error}",
             where=str(path),
-            mend="export the captioner again",
+            fix="export the captioner again",
         ) from error
 
 
@@ -155,14 +155,14 @@ def stored_dtype(path: Path) -> Literal["auto", "float32", "bfloat16", "float16"
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Raises CheckpointError for what is no JSON object."""
+    """Raises CheckpointError for what is not a JSON object."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(found, dict):
             raise ValueError(f"{type(found).__name__} in the place of an object")
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
-            f"{path.name} is no JSON: {error}", where=str(path), mend="copy the file again"
+            f"{path.name} is not JSON: {error}", where=str(path), fix="copy the file again"
         ) from error
     return found
 
@@ -176,13 +176,13 @@ def refuse_hostile(settings: dict[str, Any], file: Path) -> None:
             raise CheckpointError(
                 f"{file.name} sets `{name}`, by which loading could fetch or run code.",
                 where=str(file),
-                mend=_FIX,
+                fix=_FIX,
             )
         if _CLASS_KEY.fullmatch(key) and not (isinstance(value, str) and _CLASS.fullmatch(value)):
             raise CheckpointError(
                 f"{file.name} sets `{name}` to {value!r}, which is no class of the Qwen-VL family.",
                 where=str(file),
-                mend="copy the file from the original checkpoint",
+                fix="copy the file from the original checkpoint",
             )
 
 

@@ -115,7 +115,7 @@ def compare(captioner: Captioner, folder: Path, prompts: Sequence[Prompt]) -> Di
             f"the exported model's logits differ by {largest:.3g} of {scale:.3g} "
             f"({difference.relative:.2g}; at most {TOLERANCE[name]:g})",
             where=str(folder),
-            mend="export in float32 (--model.dtype float32); if it stays, this is a bug of ours",
+            fix="export in float32 (--model.dtype float32); if it stays, this is a bug of ours",
         )
     return difference
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import types
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,10 +22,24 @@ from captioner.errors import ConfigError
 from captioner.models.families import Family
 from captioner.models.model import Captioner
 
-# in the layers of (vision, language): attention and its output, the norm before the feed-forward block
-_ATTENTION = {
-    "vision": ("attn", "proj", "norm2"),
-    "language": ("self_attn", "o_proj", "post_attention_layernorm"),
+# of the layers: attention, its output and inputs, the norm before the feed-forward block
+_PARTS: dict[str, dict[str, str]] = {
+    "vision": dict(
+        model_embeddings="patch_embed",
+        layer_self_attn="attn",
+        attn_o_proj="proj",
+        attn_qkv_proj="qkv",
+        layer_pre_ffn="norm2",
+    ),
+    "language": dict(
+        model_embeddings="embed_tokens",
+        layer_self_attn="self_attn",
+        attn_o_proj="o_proj",
+        attn_q_proj="q_proj",
+        attn_k_proj="k_proj",
+        attn_v_proj="v_proj",
+        layer_pre_ffn="post_attention_layernorm",
+    ),
 }
 
 
@@ -46,7 +61,7 @@ def add(captioner: Captioner, tower: str, name: str, width: int, layers: Sequenc
             unit.to(captioner.device, precise).requires_grad_(True)
             nn.init.zeros_(unit.adapter_up.weight)  # a new adapter changes nothing, as ours
             unit.register_forward_pre_hook(_to_precise)
-            unit.register_forward_hook(_from_precise)
+            unit.register_forward_hook(partial(_to_dtype, captioner.model.dtype))
     model.adapters_config.active_setup = library.composition.Stack(name)
     captioner.model.gradient_checkpointing_enable = types.MethodType(_checkpointing, captioner.model)
 
@@ -60,7 +75,7 @@ def _library() -> Any:
         raise ConfigError(
             f"The adapters of this kind need the `adapters` library: {error}.",
             where="tuning.placement",
-            mend="set it to parallel or sequential, or use an environment with captioner[adapters]",
+            fix="set it to parallel or sequential, or use an environment with captioner[adapters]",
         ) from error
     return adapters
 
@@ -69,27 +84,22 @@ def _to_precise(unit: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return (args[0].to(unit.adapter_up.weight.dtype), *args[1:])
 
 
-def _from_precise(unit: Any, args: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (output[0].to(args[0].dtype), *output[1:])
+def _to_dtype(dtype: torch.dtype, _unit: Any, _args: Any, output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (output[0].to(dtype), *output[1:])
 
 
 def _patch(library: Any, model: Any, family: Family, tower: str) -> None:
     """Let the library patch a tower. ``base_model=""`` makes the tower its own base."""
     if isinstance(model, library.ModelAdaptersMixin):
         return
-    attention, out, norm = _ATTENTION[tower]
     interface = library.AdapterModelInterface(
         adapter_methods=["bottleneck"],
-        model_embeddings="patch_embed" if tower == "vision" else family.embedding,
         model_layers=family.vision_layers if tower == "vision" else family.language_layers,
-        layer_self_attn=attention,
         layer_cross_attn=None,
-        attn_qkv_proj="",
-        attn_o_proj=out,
         layer_intermediate_proj=family.mlp,
         layer_output_proj=family.mlp,
-        layer_pre_ffn=norm,
         base_model="",
+        **_PARTS[tower],
     )
     library.init(model, interface=interface)
     # The library reads row lengths from a 2-D mask; ours may have four dimensions, and bottlenecks need none.

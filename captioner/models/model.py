@@ -28,6 +28,7 @@ from transformers import (
     ProcessorMixin,
 )
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
 from captioner.config import ModelConfig, ViewsConfig
 from captioner.errors import CheckpointError, ConfigError
@@ -36,6 +37,7 @@ from captioner.models.checkpoint import Own, check_files, own_settings
 from captioner.models.families import FAMILIES, Family
 from captioner.runs import checkpoint_path
 
+disable_progress_bar()  # of transformers 5, which draws two for every file of weights
 DEFAULT_VIEW_SIZE = 448  # px; where the checkpoint fixes none
 SOFT_TOKEN = "<|soft_{}|>"
 SPECIAL_TOKENS = (
@@ -116,7 +118,7 @@ class SoftEmbedding(nn.Embedding):
     """An input embedding in which the ids ``first ... first + k - 1`` look up the rows of ``soft`` [k, D].
 
     ``weight`` [vocabulary, D] stays the base's own parameter (the output head may be tied to it), so the
-    soft tokens are no rows of any softmax.
+    soft tokens have no row in any softmax.
     """
 
     first: int
@@ -173,7 +175,7 @@ def load(
     captioner = _captioner(model.eval(), processor, path, settings, own)
     if own.soft_prompt_ids:
         _strip_soft_rows(captioner, own)
-    vision.speed_up(captioner.visual)
+    vision.speed_up(captioner.visual, processor.image_processor)
     return captioner
 
 
@@ -217,15 +219,15 @@ def _four_bits(family: Family, dtype: torch.dtype, device: str) -> dict[str, Any
     """How transformers is told to hold the layers of both towers in NF4 (Dettmers et al. 2023)."""
     where = "model.load_in_4bit"
     if not device.startswith("cuda"):
-        mend = "leave it false, or run on a machine with a CUDA device"
+        fix = "leave it false, or run on a machine with a CUDA device"
         raise ConfigError(
-            f"4-bit weights need a CUDA device; the model is on {device}.", where=where, mend=mend
+            f"4-bit weights need a CUDA device; the model is on {device}.", where=where, fix=fix
         )
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(
             "4-bit weights need bitsandbytes, which is not installed.",
             where=where,
-            mend="pip install bitsandbytes",
+            fix="pip install bitsandbytes",
         )
     settings = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -258,7 +260,7 @@ def _architecture(path: Path) -> PretrainedConfig:
         raise CheckpointError(
             f"config.json does not fit its architecture: {_one_line(error)}",
             where=str(path),
-            mend="copy it from the original checkpoint",
+            fix="copy it from the original checkpoint",
         ) from error
 
 
@@ -282,13 +284,13 @@ def _pretrained_model(path: Path, dtype: torch.dtype, **how: Any) -> PreTrainedM
         raise CheckpointError(
             f"The weights do not load: {_one_line(error)}",
             where=str(path),
-            mend="copy the checkpoint again",
+            fix="copy the checkpoint again",
         ) from error
     if info["missing_keys"]:  # transformers would leave them random
         raise CheckpointError(
             f"The weights lack {len(info['missing_keys'])} tensors, {min(info['missing_keys'])} among them.",
             where=str(path),
-            mend="copy the checkpoint again",
+            fix="copy the checkpoint again",
         )
     return cast(PreTrainedModel, model)
 
@@ -307,7 +309,7 @@ def _processor(path: Path) -> ProcessorMixin:
         raise CheckpointError(
             f"The processor does not load: {_one_line(error)}",
             where=str(path),
-            mend="copy the tokenizer and processor files from the original checkpoint",
+            fix="copy the tokenizer and processor files from the original checkpoint",
         ) from error
 
 
@@ -339,7 +341,7 @@ def _strip_soft_rows(captioner: Captioner, own: Own) -> None:
         raise CheckpointError(
             "The soft tokens that config.json names are no rows of the embedding.",
             where=str(captioner.path),
-            mend="export the captioner again",
+            fix="export the captioner again",
         )
     rows = embedding.weight.detach()[ids].clone()
     if base_vocab_size < embedding.num_embeddings:

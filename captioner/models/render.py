@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from PIL import Image
 from torch import Tensor
 
@@ -22,6 +23,7 @@ from captioner import prompts, views
 from captioner.config import ViewsConfig, ViewsOverride
 from captioner.errors import CheckpointError, DataError
 from captioner.models.model import Captioner
+from captioner.models.vision import Normaliser
 
 IGNORED = -100  # label of a token that carries no loss
 VISION = "<|vision_start|><|image_pad|><|vision_end|>"  # what the family's chat templates write for an image
@@ -84,10 +86,7 @@ class Renderer:
         self.patch, self.merge, self.frames = images.patch_size, images.merge_size, images.temporal_patch_size
         self.factor = self.patch * self.merge
         self.size = self.config.size or captioner.view_size
-        scale = images.rescale_factor if images.do_rescale else 1.0
-        mean, std = (images.image_mean, images.image_std) if images.do_normalize else ([0.0] * 3, [1.0] * 3)
-        self._mean = torch.tensor(mean, dtype=torch.float32).view(1, 3, 1) * (1.0 / scale)
-        self._std = torch.tensor(std, dtype=torch.float32).view(1, 3, 1) * (1.0 / scale)
+        self._normaliser = Normaliser(images)
         self._read_template()
         self._tags = {w: tuple(v.tag for v in self.plan(1024, 1024, w)) for w in (False, True)}
         self._prefixes: dict[tuple[Any, ...], Prefix] = {}
@@ -100,16 +99,19 @@ class Renderer:
             {"role": "user", "content": content},
             {"role": "assistant", "content": [{"type": "text", "text": assistant}]},
         ]
-        text = self.captioner.processor.apply_chat_template(messages, tokenize=False)
+        try:  # in a sandbox: a template comes from outside
+            text = self.captioner.processor.apply_chat_template(messages, tokenize=False)
+        except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+            text = f"{type(error).__name__}: {error}"
         head, image, rest = text.partition(VISION)
         before, _, rest = rest.partition(user)
         turn, _, after = rest.partition(assistant)
         end = self.captioner.tokenizer.convert_tokens_to_ids("<|im_end|>")
         if not image or before or not turn or not after.startswith("<|im_end|>") or end is None:
             raise CheckpointError(
-                "the chat template does not have the form of the Qwen-VL family",
+                f"the chat template does not have the form of the Qwen-VL family: {text[:200]!r}",
                 where=str(self.captioner.path),
-                mend="use a Qwen2-VL, Qwen2.5-VL or Qwen3-VL instruct checkpoint with its own chat template",
+                fix="use a Qwen2-VL, Qwen2.5-VL or Qwen3-VL instruct checkpoint with its own chat template",
             )
         self.end_id: int = end
         self._head, self._turn = self._markup(head), self._markup(turn)
@@ -169,8 +171,12 @@ class Renderer:
         """uint8 patches [P, 3*p*p] -> pixel_values, float32 [P, C]; float input is returned as it is."""
         if patches.dtype != torch.uint8:
             return patches
-        x = (patches.view(len(patches), 3, -1) - self._mean) / self._std
-        return x.unsqueeze(2).expand(-1, -1, self.frames, -1).reshape(len(patches), -1)
+        return self._normaliser(patches)
+
+    def pixels(self, parts: Sequence[Tensor]) -> Tensor:
+        """What the model is fed: raw patches as they are where all are (it normalises them on its device)."""
+        raw = self.frames > 1 and all(part.dtype == torch.uint8 for part in parts)
+        return torch.cat(list(parts) if raw else [self.normalise(part) for part in parts])
 
     def images_batch(
         self, images: Sequence[Image.Image], whole_only: bool = False
@@ -195,7 +201,7 @@ class Renderer:
         if not plan:
             known = ", ".join(self.tags())
             raise DataError(
-                f"there is no view {view!r}", where="view of a question", mend=f"use one of: {known}"
+                f"there is no view {view!r}", where="view of a question", fix=f"use one of: {known}"
             )
         grid = torch.tensor([[1, part.height // self.patch, part.width // self.patch] for part in plan])
         tags = tuple(part.tag for part in plan)
@@ -215,7 +221,7 @@ class Renderer:
                 raise DataError(
                     f"{len(grid)} views were rendered where the settings have {len(tags)}",
                     where="views.levels, views.center",
-                    mend="render images and prompts with the same views settings",
+                    fix="render images and prompts with the same views settings",
                 )
             self._prefixes[key] = self._make_prefix(grid.tolist(), tags)
         return self._prefixes[key]
@@ -240,17 +246,27 @@ class Renderer:
         """Ids of everything up to and including the last image."""
         return self.prefix(grid_thw, self.tags(whole_only)).ids
 
-    def branch_ids(self, text: str | None, answer: str | None = None) -> tuple[list[int], list[bool]]:
+    def branch_ids(
+        self, text: str | None, answer: str | None = None, silent: tuple[tuple[int, int], ...] = ()
+    ) -> tuple[list[int], list[bool]]:
         """Ids behind the images and their loss mask: true on the tokens of the answer and its end token.
 
         ``text`` None is the caption prompt: the learned soft prompt if the captioner has one, else
-        ``prompts/caption.md``. ``answer`` None leaves the turn of the assistant open, for sampling.
+        ``prompts/caption.md``. ``answer`` None leaves the turn of the assistant open, for sampling. Tokens of
+        the answer's characters ``silent``, as (start, stop), are read and not learned.
         """
         ids = (self.caption_prompt() if text is None else self.text_ids(text)) + self._turn
         mask = [False] * len(ids)
         if answer is not None:
             said = [*self.text_ids(answer), self.end_id]
-            ids, mask = ids + said, mask + [True] * len(said)
+            learned = [True] * len(said)
+            if silent and answer:
+                encoded = self.captioner.tokenizer(
+                    answer, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
+                )
+                for token, (start, stop) in enumerate(encoded["offset_mapping"]):
+                    learned[token] = not any(start < end and begin < stop for begin, end in silent)
+            ids, mask = ids + said, mask + learned
         return ids, mask
 
     def caption_prompt(self) -> list[int]:
@@ -272,10 +288,10 @@ def collate(renderer: Renderer, rows: Sequence[TrainRow]) -> dict[str, Tensor]:
     """Training rows -> the model's arguments; the branches of an image share its prefix in one sequence.
 
     Returns input_ids [B, T], labels [B, T] (-100 outside answers), position_ids [3, B, T],
-    pixel_values [P, C], image_grid_thw [V, 3] and attention_mask: with one branch in every row the usual
-    [B, T]; else bool [B, 1, T, T] in which a branch sees the prefix and itself (for ``sdpa`` attention). Each
-    branch's positions go on right behind the prefix, so its logits are those of a sequence of its own. Padded
-    on the right.
+    pixel_values [P, C] or raw patches, image_grid_thw [V, 3] and attention_mask: with one branch in every row
+    the usual [B, T]; else bool [B, 1, T, T] in which a branch sees the prefix and itself (for ``sdpa``
+    attention). Each branch's positions go on right behind the prefix, so its logits are those of a sequence
+    of its own. Padded on the right.
     """
     ids, labels, positions, segments = zip(*(_lay_out(renderer, row) for row in rows), strict=True)
     pad = renderer.captioner.tokenizer.pad_token_id
@@ -295,7 +311,7 @@ def collate(renderer: Renderer, rows: Sequence[TrainRow]) -> dict[str, Tensor]:
         "attention_mask": attention_mask,
         "position_ids": position_ids,
         "labels": _pad(labels, IGNORED),
-        "pixel_values": torch.cat([renderer.normalise(row.pixel_values) for row in rows]),
+        "pixel_values": renderer.pixels([row.pixel_values for row in rows]),
         "image_grid_thw": torch.cat([row.grid for row in rows]),
     }
 

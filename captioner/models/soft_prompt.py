@@ -30,13 +30,13 @@ def attach(captioner: Captioner, length: int, init_text: str, trainable: bool = 
             raise ConfigError(
                 f"The captioner has {len(captioner.soft_prompt_ids)} soft tokens, not {length}.",
                 where=str(captioner.path),
-                mend=f"set --sft.soft_prompt.length {len(captioner.soft_prompt_ids)}",
+                fix=f"set --sft.soft_prompt.length {len(captioner.soft_prompt_ids)}",
             )
         rows(captioner).requires_grad_(trainable)
         return
     if length < 1:
         raise ConfigError(
-            "A soft prompt needs at least one token.", mend="set --sft.soft_prompt.length 1 or more"
+            "A soft prompt needs at least one token.", fix="set --sft.soft_prompt.length 1 or more"
         )
     table = captioner.model.get_input_embeddings().weight.detach()
     ids = captioner.tokenizer.encode(init_text, add_special_tokens=False)
@@ -44,7 +44,7 @@ def attach(captioner: Captioner, length: int, init_text: str, trainable: bool = 
         raise ConfigError(
             f"The soft prompt's text {init_text!r} has no tokens.",
             where="sft.soft_prompt.init",
-            mend="give it words, or `none` for the caption prompt",
+            fix="give it words, or `none` for the caption prompt",
         )
     picked = [ids[i % len(ids)] for i in range(length)]
     _embed(captioner, table[picked].clone(), trainable)
@@ -73,14 +73,14 @@ def load(captioner: Captioner, folder: Path, trainable: bool = False) -> None:
         learned = load_file(folder / FILE)["soft_prompt"]
     except (OSError, KeyError, SafetensorError) as error:
         raise CheckpointError(
-            f"The soft prompt cannot be read: {error}", where=str(folder), mend="train it again"
+            f"The soft prompt cannot be read: {error}", where=str(folder), fix="train it again"
         ) from error
     width = captioner.model.get_input_embeddings().embedding_dim
     if learned.ndim != 2 or learned.shape[1] != width:
         raise CheckpointError(
             f"The soft prompt has the shape {tuple(learned.shape)}; the model's width is {width}.",
             where=str(folder),
-            mend="train it again on this base",
+            fix="train it again on this base",
         )
     if not captioner.soft_prompt_ids:
         _embed(captioner, learned, trainable)

@@ -18,13 +18,37 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-def speed_up(visual: nn.Module) -> None:
-    """Make an encoder of the Qwen-VL family cheap for many views, of whatever sizes."""
+class Normaliser:
+    """Raw patches, values 0 to 255 [P, 3*p*p] → pixel_values, float32 [P, C], every value once a frame.
+
+    ``images`` is the image processor whose scale, mean and deviation hold.
+    """
+
+    def __init__(self, images: Any):
+        scale = images.rescale_factor if images.do_rescale else 1.0
+        mean, std = (images.image_mean, images.image_std) if images.do_normalize else ([0.0] * 3, [1.0] * 3)
+        self._mean = torch.tensor(mean, dtype=torch.float32).view(1, 3, 1) * (1.0 / scale)
+        self._std = torch.tensor(std, dtype=torch.float32).view(1, 3, 1) * (1.0 / scale)
+        self._frames = images.temporal_patch_size
+
+    def __call__(self, patches: Tensor) -> Tensor:
+        mean, std = self._mean.to(patches.device), self._std.to(patches.device)
+        x = (patches.view(len(patches), 3, -1).float() - mean) / std
+        return x.unsqueeze(2).expand(-1, -1, self._frames, -1).reshape(len(patches), -1)
+
+
+def speed_up(visual: nn.Module, images: Any) -> None:
+    """Make an encoder of the Qwen-VL family cheap for many views, of whatever sizes.
+
+    It then takes raw patches too, an eighth of the bytes: they are told by their width, because transformers
+    casts what it is given to the model's number format, in which the values 0 to 255 are exact.
+    """
     for module in visual.modules():
         if type(module).__name__.endswith("VisionAttention"):
             kind: Any = type(module)
             module.__class__ = _derived(kind, _attention)
     patch_embed: Any = visual.get_submodule("patch_embed")
+    patch_embed.normalise = Normaliser(images)
     patch_embed.__class__ = _derived(patch_embed.__class__, _patch_embed)
 
 
@@ -85,8 +109,10 @@ def _groups(lengths: tuple[int, ...]) -> tuple[list[tuple[Tensor | None, int]], 
 
 
 def _patch_embed(stock: Callable[..., Any], self: Any, hidden_states: Tensor) -> Tensor:
-    """[N, C] flat patches → [N, D]."""
+    """[N, C] flat patches, or raw ones, → [N, D]."""
     weight = self.proj.weight
+    if hidden_states.shape[-1] != weight[0].numel():
+        hidden_states = self.normalise(hidden_states)
     return F.linear(
         hidden_states.to(weight.dtype).view(-1, weight[0].numel()), weight.flatten(1), self.proj.bias
     )

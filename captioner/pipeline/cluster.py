@@ -15,7 +15,7 @@ def pool(settings: Settings, workers: int | None, missing: int) -> tuple[Pool, i
     try:
         from captioner.engines import ray_pool
     except ImportError as error:
-        raise UserError("ray is not installed", mend='pip install "ray[data]"') from error
+        raise UserError("ray is not installed", fix='pip install "ray[data]"') from error
     caption, model = settings.config.caption, settings.config.model
     ray_pool.connect(caption.ray_address)
     gpus = ray_pool.gpus() if model.device in ("auto", "cuda") else 0

@@ -8,7 +8,7 @@ becomes a row with that error. Where workers run is the business of the :class:`
 Events of a worker: ``("ready",)``, ``("had", shard, count)`` (rows of before), ``("rows", shard, rows)`` (a
 few numbered ones, for whoever watches), ``("read", shard)`` (send another), ``("published", shard, tally)``,
 ``("trying", shard, number, key)``, ``("stopped", shard)`` (after so many tries), ``("waiting", why)``,
-``("unreadable", shard, reason)``, ``("refused", what, where, mend)``, ``("broken", traceback)``; and of its
+``("unreadable", shard, reason)``, ``("refused", what, where, fix)``, ``("broken", traceback)``; and of its
 pool ``("died", reason)``.
 """
 
@@ -31,6 +31,7 @@ STARTS = 3  # times that a worker may die before it is ready
 DEATHS = 20  # workers that may die one after the other without a caption in between
 UNREAD = 2  # shards that a worker is handed ahead
 POLL = 0.2  # seconds
+LOOK = 1.0  # seconds between two looks at what other machines work on
 
 
 class Pool(Protocol):
@@ -82,6 +83,7 @@ class Coordinator:
         """``leases``: other machines work on the same shards."""
         self.leases, self.clock = leases, clock
         self.elsewhere: deque[ShardRef] = deque()  # that another machine has claimed
+        self._looked = -LOOK
         self.pool, self.settings, self.output, self.watch = pool, settings, output, watch
         self.limits = settings.config.caption
         self.workers = {number: _Worker() for number in range(workers)}
@@ -113,7 +115,8 @@ class Coordinator:
                 self.leases.close()
 
     def _left(self) -> bool:
-        if self._next is None and self.elsewhere:
+        if self._next is None and self.elsewhere and self.clock() - self._looked > LOOK:
+            self._looked = self.clock()
             self._look_elsewhere()
         busy = any(worker.shards for worker in self.workers.values())
         return bool(self._next or self.again or busy or self.elsewhere)
@@ -191,7 +194,7 @@ class Coordinator:
             worker.ready, worker.starts = True, 0
             self.watch.worker(number, "ready")
         elif kind == "refused":
-            raise UserError(event[1], where=event[2], mend=event[3])
+            raise UserError(event[1], where=event[2], fix=event[3])
         elif kind == "broken":
             worker.why = event[1].strip().splitlines()[-1]
             self.watch.say(f"worker {number} failed:\n{event[1]}")
@@ -256,14 +259,14 @@ class Coordinator:
         self.watch.say(f"worker {number} died ({reason}); it is started anew")
         self._deaths += 1
         if self._deaths >= DEATHS:
-            mend = "see their messages above; the same command goes on where the job stopped"
-            raise RunError(f"{DEATHS} workers died, and no caption came: {reason}", mend=mend)
+            fix = "see their messages above; the same command goes on where the job stopped"
+            raise RunError(f"{DEATHS} workers died, and no caption came: {reason}", fix=fix)
         if not worker.ready:
             worker.starts += 1
             if worker.starts >= STARTS:
                 raise RunError(
                     f"a worker died {STARTS} times before it was ready: {reason}",
-                    mend="see its messages above; try one image with --estimate 1",
+                    fix="see its messages above; try one image with --estimate 1",
                 )
         for shard in worker.shards.values():
             if worker.alone:

@@ -53,9 +53,9 @@ def estimate(settings: Settings, engine: Engine, shards: list[ShardRef], count: 
             failed += 1
     prepared = time.monotonic()
     if not cuts:
-        raise DataError("none of the sampled images can be captioned", mend="captioner data stats INPUT")
+        raise DataError("none of the sampled images can be captioned", fix="captioner data stats INPUT")
     worker = Worker(settings, engine, Inline(2), lambda: None, lambda event: None)
-    worker.caption(cuts[: settings.config.engine.batch_size])
+    worker.caption(cuts[: settings.config.engine.max_num_seqs])
     warm = time.monotonic()
     rows = worker.caption(cuts)
     ended = time.monotonic()

@@ -72,7 +72,7 @@ class Processes:
 
     def _new(self, processes: int) -> ProcessPoolExecutor:
         return ProcessPoolExecutor(
-            processes, mp_context=_context(), initializer=_end_with, initargs=(os.getpid(),)
+            processes, mp_context=_forking(), initializer=_leave_with, initargs=(os.getpid(),)
         )
 
     def submit(self, function: Callable[..., T], *args: Any) -> Future[T]:
@@ -84,8 +84,8 @@ class Processes:
                 return self._pool.submit(function, *args)
 
     def alone(self, function: Callable[..., T], *args: Any) -> Future[T]:
-        ours, theirs = _context().Pipe(duplex=False)
-        process = _context().Process(target=_call, args=(os.getpid(), theirs, function, args))  # type: ignore[attr-defined]
+        ours, theirs = _forking().Pipe(duplex=False)
+        process = _forking().Process(target=_call, args=(os.getpid(), theirs, function, args))  # type: ignore[attr-defined]
         process.start()
         theirs.close()
         future: Future[T] = Future()
@@ -192,16 +192,29 @@ def _main(
 
 
 def _call(parent: int, connection: Connection, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    _end_with(parent)
+    _leave_with(parent)
     try:
         connection.send((function(*args), None))
     except Exception as error:  # as any executor does
         connection.send((None, error))
 
 
+def _leave_with(parent: int) -> None:
+    """End this process when its parent is gone; its group may be that of whoever started the command."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: the parent's business
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    end_with(parent, lambda: os._exit(1))
+
+
 def _end_with(parent: int) -> None:
     """End the process group when this process's parent is gone."""
     end_with(parent, lambda: os.killpg(0, signal.SIGKILL))
+
+
+def _forking() -> BaseContext:
+    """For processes that never use what a fork breaks (CUDA, OpenMP): they start at once, and a script that
+    has no ``if __name__ == "__main__"`` is not run again by each."""
+    return multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
 
 
 def _context() -> BaseContext:

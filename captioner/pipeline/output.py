@@ -21,7 +21,7 @@ from typing import Any
 
 from captioner.errors import DataError, RunError
 from captioner.records import CaptionRow, read_parquet
-from captioner.runs import Shards, atomic_write_json, atomic_write_text, remove_dir
+from captioner.runs import Shards, atomic_write_json, atomic_write_text, remove_dir, writing
 from captioner.sources.folder import (
     caption_shards,
     leads_out,
@@ -90,7 +90,7 @@ class Log:
         """Append numbered rows, and a note."""
         lines = [json.dumps([number, row.model_dump()]) for number, row in rows]
         self.path.parent.mkdir(exist_ok=True)
-        with self.path.open("ab") as file:
+        with writing(self.path), self.path.open("ab") as file:
             # a line that a kill cut has no end; the next one begins anew
             file.write(
                 "".join(f"\n{line}" for line in [*lines, *([json.dumps(note)] if note else [])]).encode()
@@ -143,12 +143,6 @@ class Output:
             atomic_write_text(journal, "".join(line for line, _, _ in last.values()))
         for index in sorted(published - self.done):
             self.enter(index, Tally.of(self.shards.read(index)))
-
-    def publish(self, index: int, rows: Sequence[CaptionRow]) -> Tally:
-        """Publish the rows of a shard by rename; its log has done its work then."""
-        self.shards.write(index, rows)
-        Log(self.out, index).remove()
-        return Tally.of(rows)
 
     def enter(self, index: int, tally: Tally, mark: str = "") -> None:
         """Note in the journal that a shard is published."""
@@ -254,9 +248,7 @@ def check_free(out: Path) -> None:
     if (out / MANIFEST).is_file() or not out.exists():
         return
     if not out.is_dir() or any(not path.name.startswith(".") for path in out.iterdir()):
-        raise RunError(
-            "the output holds something else", where=str(out), mend="name a new --out, or empty it"
-        )
+        raise RunError("the output holds something else", where=str(out), fix="name a new --out, or empty it")
 
 
 def stored_job(out: Path) -> dict[str, Any]:
@@ -267,8 +259,8 @@ def stored_job(out: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(manifest.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
-        mend = "name a new --out, or start over with --redo"
-        raise RunError("the job's manifest cannot be read", where=str(manifest), mend=mend) from error
+        fix = "name a new --out, or start over with --redo"
+        raise RunError("the job's manifest cannot be read", where=str(manifest), fix=fix) from error
 
 
 def claim(out: Path, job: dict[str, Any], marks: Sequence[str]) -> Output:
@@ -281,8 +273,8 @@ def claim(out: Path, job: dict[str, Any], marks: Sequence[str]) -> Output:
     changed = [name for name in BOUND if before and before.get(name) != job[name]]
     if changed:
         what = f"this output was begun with another {' and '.join(changed)}"
-        mend = "name a new --out, or start over with --redo"
-        raise RunError(what, where=str(out / MANIFEST), mend=mend)
+        fix = "name a new --out, or start over with --redo"
+        raise RunError(what, where=str(out / MANIFEST), fix=fix)
     out.mkdir(parents=True, exist_ok=True)
     clear_leftovers(out)
     shutil.rmtree(out / LEASES, ignore_errors=True)
@@ -318,8 +310,8 @@ def write_texts(out: Path) -> None:
                 had = database.execute("SELECT key, folder FROM places WHERE name = ?", [name]).fetchone()
                 if had and not (folder and had[1]):
                     what = f"the keys {had[0]!r} and {row.key!r} want one file name"
-                    mend = "leave --format txt out: the rows are all there, in Parquet files or with jsonl"
-                    raise DataError(what, where=str(out / name), mend=mend)
+                    fix = "leave --format txt out: the rows are all there, in Parquet files or with jsonl"
+                    raise DataError(what, where=str(out / name), fix=fix)
                 if not had:
                     database.execute("INSERT INTO places VALUES (?, ?, ?)", [name, key or row.key, folder])
     rows = read_captions(out)

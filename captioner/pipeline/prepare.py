@@ -109,8 +109,8 @@ class Preparation:
             looks(gone, path)
         except RetryError as error:
             what = f"the input has been gone for {self.config.outage:.0f} s"
-            mend = "mount it again; the same command goes on where the job stopped"
-            raise RunError(what, where=str(path.parent), mend=mend) from error
+            fix = "mount it again; the same command goes on where the job stopped"
+            raise RunError(what, where=str(path.parent), fix=fix) from error
 
     def ahead(
         self, items: Iterable[T], image: Callable[[T], bytes | Path]

@@ -7,6 +7,7 @@ with images(engine, config) as pictures:
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -57,9 +58,9 @@ def images(
     """
     if processes is None:
         processes = config.caption.prepare_processes
-    if processes is None:
-        processes = max(1, cores() // world_size() - 1)
-    hands = executor(processes, config.engine.batch_size + processes)
+    if processes is None:  # where processes are not forked, they would run a caller's script again
+        processes = max(1, cores() // world_size() - 1) if sys.platform == "linux" else 0
+    hands = executor(processes, config.engine.max_num_seqs + processes)
     try:
         yield Preparation(config.caption, hands, engine.renderer.spec)
     finally:

@@ -18,14 +18,13 @@ from captioner.errors import Refused
 from captioner.pipeline.output import STATUS, Output
 from captioner.records import CaptionRow
 from captioner.runs import Progress, atomic_write_json, atomic_write_text
+from captioner.statements import loops
 
 LEAST = 100  # rows: fewer at the end of a job are not judged
 WINDOW = 60.0  # seconds over which rates are measured
 REFUSAL = re.compile(
     r"\W*(?:i['’]?m sorry|i am sorry|sorry\b|i can(?:no|['’])t|i am unable|i['’]m unable|as an ai)", re.I
 )
-GRAM = 4  # words
-REPEATED = 0.5  # share of a caption's word sequences that occurred before
 
 
 @dataclass
@@ -86,7 +85,7 @@ class Tripwires:
                 limits.cut,
                 "are cut by the token limit",
             ),
-            (_share(map(repeats, texts)), limits.repeated, "repeat themselves"),
+            (_share(map(loops, texts)), limits.repeated, "repeat themselves"),
             (_share(row.error is not None for row in block), limits.failed, "failed"),
         )
         found = [
@@ -97,13 +96,6 @@ class Tripwires:
         if drift > self.config.drift:
             found.append(f"captions became {mean:.0f} tokens long on average; they were {self.length:.0f}")
         return found
-
-
-def repeats(text: str) -> bool:
-    """Whether more than half of the sequences of four words in a text occurred in it before."""
-    words = text.split()
-    grams = [tuple(words[i : i + GRAM]) for i in range(len(words) - GRAM + 1)]
-    return len(grams) >= 2 * GRAM and len(set(grams)) < (1 - REPEATED) * len(grams)
 
 
 def _share(hits: Iterable[bool]) -> float:
@@ -220,7 +212,7 @@ class Watch:
             raise Refused(
                 f"stopped by a tripwire: {'; '.join(found)}",
                 where=str(self.output.out),
-                mend="look at the rows; the same command with --caption.tripwires.action warn goes on",
+                fix="look at the rows; the same command with --caption.tripwires.action warn goes on",
             )
 
 

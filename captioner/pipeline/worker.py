@@ -26,7 +26,8 @@ from typing import Any
 from captioner.config import Config, SamplingConfig
 from captioner.engines import NO_ANSWER, CaptionRequest, Engine, QuestionBatch, make_engine
 from captioner.errors import DataError, RunError, UserError, masked, printable
-from captioner.method import tool
+from captioner.method.verifier import without_refuted
+from captioner.pipeline.check import Checker, Mark
 from captioner.pipeline.output import Log, Old, Tally
 from captioner.pipeline.prepare import GIB, Executor, Gate, Preparation, gone
 from captioner.records import Candidate, CaptionRow
@@ -55,6 +56,7 @@ class Settings:
     drop_refuted: bool = False
     workers: int = 1  # on one machine
     out: Path = Path()  # where the parts are published
+    verifier: Path | None = None  # run whose verifier is asked; None = the captioner itself
 
     @property
     def sampling(self) -> SamplingConfig:
@@ -109,11 +111,15 @@ def work(
         engine = make_engine(settings.checkpoint, settings.config)
         emit(("ready",))
         try:
-            Worker(settings, engine, executor, receive, emit).run()
+            worker = Worker(settings, engine, executor, receive, emit)
+            try:
+                worker.run()
+            finally:
+                worker.close()
         finally:
             engine.close()
     except UserError as error:
-        emit(("refused", error.what, error.where, error.mend))
+        emit(("refused", error.what, error.where, error.fix))
     except Exception:  # the boundary of the process: the coordinator records it
         emit(("broken", traceback.format_exc()))
 
@@ -139,7 +145,7 @@ class Worker:
         self._known: OrderedDict[str, CaptionRow] = OrderedDict()
         self._rows: dict[int, list[tuple[int, CaptionRow]]] = {}
         self._said = time.monotonic()
-        self._rules = tool.Rules()
+        self._checker = Checker(engine, settings.config, settings.verifier if settings.verify else None)
         self._shards: dict[int, _Shard] = {}
         self._output = Shards(settings.out, CaptionRow)
         self._unanswered = 0  # images one after the other
@@ -332,7 +338,7 @@ class Worker:
             raise RunError(
                 f"{UNANSWERED} images one after the other got no answer: {row.error}",
                 where=", ".join(self.settings.config.engine.urls),
-                mend="mend the server; the same command tries these images again and goes on",
+                fix="repair the server; the same command tries these images again and goes on",
             )
 
     # ---- outcomes
@@ -346,39 +352,43 @@ class Worker:
         stated = [[split_statements(c.text) for c in candidates] for candidates in group]
         asked = [list(dict.fromkeys(itertools.chain(*lists))) for lists in stated]
         batches = [
-            QuestionBatch(each.picture, [self._rules.decompose(text).text for text in texts])
+            QuestionBatch(each.picture, [self._checker.question(text) for text in texts])
             for each, texts in zip(waiting, asked, strict=True)
             if texts
         ]
-        answers = iter(self.engine.p_yes(batches)) if batches else iter(())
+        answers = iter(self._checker.engine.p_yes(batches)) if batches else iter(())
         rows = []
         for each, candidates, lists, texts in zip(waiting, group, stated, asked, strict=True):
-            p_yes = {t: a.p_yes for t, a in zip(texts, next(answers), strict=True)} if texts else {}
+            marks = self._checker.mark(texts, next(answers)) if texts else {}
             # the most statements that are likely true, less those that are likely not; equal ones: the first
-            scores = [sum(p_yes[text] - 0.5 for text in statements) for statements in lists]
+            scores = [sum(marks[text].score for text in statements) for statements in lists]
             said = [candidate.text.strip() != "" for candidate in candidates]
             judged = [yes and not math.isnan(score) for yes, score in zip(said, scores, strict=True)]
             best = max(range(len(scores)), key=lambda k: (judged[k], said[k], scores[k]))
-            rows.append(self._judged(each.sha, candidates[best], lists[best], p_yes))
+            rows.append(self._judged(each.sha, candidates[best], lists[best], marks))
         return rows
 
     def _judged(
-        self, sha: str, candidate: Candidate, statements: list[str], p_yes: dict[str, float]
+        self, sha: str, candidate: Candidate, statements: list[str], marks: dict[str, Mark]
     ) -> CaptionRow:
         """The row of a verified caption; ``statements`` has those that were dropped, too."""
         row = self._outcome(sha, candidate)
         if row.error is not None:
             return row
-        if any(math.isnan(p_yes[text]) for text in statements):
+        if any(math.isnan(marks[text].p_yes) for text in statements):
             return self._failed("the verifier gave no answer", sha, world=True)
-        row = row.model_copy(update={"statements": statements, "p_yes": [p_yes[text] for text in statements]})
+        told: dict[str, Any] = {"statements": statements, "p_yes": [marks[text].p_yes for text in statements]}
+        if self._checker.verifier is not None:
+            told["p_true"] = [marks[text].p_true for text in statements]
+            told["verdicts"] = [marks[text].verdict for text in statements]
+        row = row.model_copy(update=told)
         if not self.settings.drop_refuted:
             return row
-        kept = [text for text in statements if p_yes[text] >= self.settings.config.caption.drop]
-        if not kept:
+        left = without_refuted(candidate.text, [text for text in statements if marks[text].verdict == "drop"])
+        if not left:
             why = {"error": "every statement was refuted", "fault": "image"}
             return row.model_copy(update={"caption": None, "finish_reason": None, **why})
-        return row if len(kept) == len(statements) else row.model_copy(update={"caption": ", ".join(kept)})
+        return row.model_copy(update={"caption": left})
 
     def _outcome(self, sha: str, candidate: Candidate) -> CaptionRow:
         if candidate.finish_reason.startswith("error: "):
@@ -398,6 +408,10 @@ class Worker:
 
     def _failed(self, reason: str, sha: str = "", world: bool = False) -> CaptionRow:
         return failed_row(self.settings, "", reason, sha, world)
+
+    def close(self) -> None:
+        """End what the worker started itself."""
+        self._checker.close()
 
     # ---- saying
 
@@ -438,7 +452,7 @@ class Worker:
 
 def ahead(config: Config) -> int:
     """Images that are prepared ahead: the engine's next batch while it works on one, and some in work."""
-    return config.engine.batch_size + 16
+    return config.engine.max_num_seqs + 16
 
 
 def failed_row(settings: Settings, key: str, reason: str, sha: str = "", world: bool = False) -> CaptionRow:

@@ -14,8 +14,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from scipy.stats import binomtest
-
 from captioner.errors import DataError
 from captioner.judges.checked import ANSWERS, Answers, Checked
 from captioner.records import Claim
@@ -94,7 +92,7 @@ def choose(claims: Iterable[Claim], count: int, seed: int) -> list[Item]:
 def add(answers: Answers, item: Item, answer: str) -> None:
     """Store what a person says about a claim. Raises DataError for another answer than ``ANSWERS``."""
     if answer not in ANSWERS:
-        raise DataError(f"{answer!r} is not an answer.", mend=f"Answer one of: {', '.join(ANSWERS)}.")
+        raise DataError(f"{answer!r} is not an answer.", fix=f"Answer one of: {', '.join(ANSWERS)}.")
     about = {name: value for name, value in asdict(item).items() if name not in ("id", "view")}
     answers.add(item.id, answer, **about)
 
@@ -136,6 +134,8 @@ def interval(successes: int, trials: int) -> tuple[float, float]:
     """95 % Wilson interval of a share (Wilson 1927); (0, 1) without trials."""
     if not trials:
         return 0.0, 1.0
+    from scipy.stats import binomtest  # a second of its own, which --help would wait for
+
     found = binomtest(successes, trials).proportion_ci(method="wilson")
     return float(found.low), float(found.high)
 

@@ -66,7 +66,7 @@ def pairs_app(
     def store(index: int, answer: str) -> None:
         item = items[index]
         if answer not in (*WINNERS, "tie"):
-            raise DataError(f"{answer!r} is not an answer.", mend="Answer left, right or tie.")
+            raise DataError(f"{answer!r} is not an answer.", fix="Answer left, right or tie.")
         names = ("second", "first") if item.swapped else ("first", "second")
         winner = "tie" if answer == "tie" else names[WINNERS[answer]]
         answers.add(item.id, winner, key=item.key, swapped=item.swapped)

@@ -15,15 +15,15 @@ from captioner.sources import gather, questions
 def resolve(source: str, run: Run | None = None, *, cache: Path | None = None) -> Path:
     """The image folder, or question file, that ``source`` names: see docs/formats.md for all it may be.
 
-    What is no image folder is laid out as one, once, in ``data/`` of the run, or in ``cache`` where there is
-    no run; so are images of a laboratory, drawn with the run's seed. A killed command leaves nothing of it.
+    A source that is not an image folder is laid out as one, once, in ``data/`` of the run, or in ``cache`` if
+    there is no run; so are images of a laboratory, drawn with the run's seed. A kill leaves nothing.
     Raises :class:`DataError` for sources that do not exist; a folder's contents are for its reader.
     """
     folder = locate(source, run, cache=cache)
     if folder is None:
         home = run.path / "data" if run is not None else cache
         if home is None:
-            raise DataError("no image folder", where=source, mend="name a folder of images")
+            raise DataError("no image folder", where=source, fix="name a folder of images")
         return gather.gather(source, home)
     part = laboratory.parse(source)
     if part is not None and not folder.is_dir():
@@ -43,7 +43,7 @@ def locate(source: str, run: Run | None = None, *, cache: Path | None = None) ->
     home = run.path / "data" if run is not None else cache
     if home is None:
         raise DataError(
-            f"{part.scheme} need a place to be rendered to", where=source, mend="name a --run directory"
+            f"{part.scheme} need a place to be rendered to", where=source, fix="name a --run directory"
         )
     seed = run.config.seed if run is not None else 0
     return home / (f"{part.split}-{part.count}-{part.offset}" + (f"-seed{seed}" if seed else ""))

@@ -69,7 +69,7 @@ def decode_text(data: bytes) -> str:
         if sum(character > "\x7f" for character in letters) > FOREIGN * len(letters):
             raise ValueError("neither UTF-8, UTF-16 nor Latin-1") from None
     if found := re.search(r"[\x00-\x08\x0e-\x1a\x1c-\x1f]", text):
-        raise ValueError(f"it holds control characters such as {found[0]!r}, so it is no text")
+        raise ValueError(f"it holds control characters such as {found[0]!r}, so it is not text")
     return text.removeprefix("\ufeff")
 
 
@@ -78,7 +78,7 @@ def read_text(path: Path) -> str:
     try:
         return decode_text(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise DataError(f"cannot be read: {error}", where=str(path), mend="save it as UTF-8") from error
+        raise DataError(f"cannot be read: {error}", where=str(path), fix="save it as UTF-8") from error
 
 
 def read_table(path: Path, named: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
@@ -92,10 +92,10 @@ def read_table(path: Path, named: Mapping[str, str] | None = None) -> list[dict[
         names, rows = _read(path)
     except (OSError, ValueError, csv.Error, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise DataError(f"cannot be read: {reason}", where=str(path), mend="save it as UTF-8") from error
+        raise DataError(f"cannot be read: {reason}", where=str(path), fix="save it as UTF-8") from error
     for number, row in rows:
         if not isinstance(row, dict):
-            raise DataError("a line is no JSON object", where=f"{path}, row {number}")
+            raise DataError("a line is not a JSON object", where=f"{path}, row {number}")
     columns = _columns(path, names, named or {})
     return [
         {"row": n, **{ours: row[name] for ours, name in columns.items() if row.get(name) not in (None, "")}}
@@ -115,7 +115,8 @@ def is_caption_table(path: Path, named: Mapping[str, str] | None = None) -> str 
         else:
             row = json.loads(next(filter(str.strip, _head(path).split("\n")), ""))
             names = list(row) if isinstance(row, dict) else []
-        _columns(path, names, named or {})
+        if not _columns(path, names, named or {}).keys() & {"text", "prose", "questions"}:
+            return "it holds facts, no captions"
     except NoCaptionTable as error:
         return error.what
     except Exception as error:  # the boundary: any file may lie in a folder
@@ -146,7 +147,7 @@ def _columns(path: Path, names: list[str], named: Mapping[str, str]) -> dict[str
                 raise NoCaptionTable(
                     f"no column {named[flag]!r} among {', '.join(names[:20])}",
                     where=str(path),
-                    mend=f"name one that is there: SOURCE?{flag}=COLUMN",
+                    fix=f"name one that is there: SOURCE?{flag}=COLUMN",
                 )
             found[ours] = plain[_plain(named[flag])]
         elif column := next((plain[name] for name in known if name in plain), None):
@@ -156,13 +157,13 @@ def _columns(path: Path, names: list[str], named: Mapping[str, str]) -> dict[str
         raise NoCaptionTable(
             f"no file_name: no column that names images among {listed}",
             where=str(path),
-            mend="call it file_name, or name it: SOURCE?file=COLUMN",
+            fix="call it file_name, or name it: SOURCE?file=COLUMN",
         )
     if not found.keys() & {"text", "prose", "facts", "questions"}:
         raise NoCaptionTable(
             f"no column of captions among {listed}",
             where=str(path),
-            mend="call it text or caption, or name it: SOURCE?text=COLUMN",
+            fix="call it text or caption, or name it: SOURCE?text=COLUMN",
         )
     return found
 
@@ -188,7 +189,7 @@ def _read(path: Path) -> tuple[list[str], list[tuple[int, Any]]]:
             try:
                 rows.append((number, json.loads(line)))
             except ValueError as error:
-                raise ValueError(f"line {number} is no JSON: {error}") from error
+                raise ValueError(f"line {number} is not JSON: {error}") from error
     sample = [row for _, row in rows[:SAMPLE] if isinstance(row, dict)]
     return list(dict.fromkeys(name for row in sample for name in row)), rows
 

@@ -12,6 +12,7 @@ import errno
 import json
 import os
 import re
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -43,7 +44,7 @@ IMAGE_SUFFIXES = frozenset(
 )
 # Images that Pillow reads with a package more, or not at all: they are rows all the same, with this reason.
 EXTRA_SUFFIXES = {
-    **dict.fromkeys((".heic", ".heif", ".hif"), "HEIC: pip install 'captioner[heif]', or save it as JPEG"),
+    **dict.fromkeys((".heic", ".heif", ".hif"), ""),  # the decoder says what is missing
     ".jxl": "JPEG XL: save it as PNG or JPEG",
     **dict.fromkeys(
         (".cr2", ".cr3", ".nef", ".arw", ".dng", ".raf", ".orf", ".rw2", ".pef", ".srw"),
@@ -133,7 +134,7 @@ def load_row(row: ImageRow) -> tuple[Image.Image, str]:
     try:
         return load_image(row.path)
     except BadImage as error:
-        raise BadImage(EXTRA_SUFFIXES.get(row.path.suffix.lower(), error.reason)) from error
+        raise BadImage(EXTRA_SUFFIXES.get(row.path.suffix.lower()) or error.reason) from error
 
 
 def read_captions(path: Path) -> Iterator[CaptionRow]:
@@ -143,7 +144,7 @@ def read_captions(path: Path) -> Iterator[CaptionRow]:
         raise DataError(
             "no caption rows here",
             where=str(path),
-            mend="name the folder that `captioner caption --out` wrote",
+            fix="name the folder that `captioner caption --out` wrote",
         )
     for shard in shards:
         yield from read_parquet(shard, CaptionRow)
@@ -185,6 +186,20 @@ def json_line(values: dict[str, Any]) -> str:
     return text + "\n"
 
 
+def link_image(row: ImageRow, folder: Path, out: Path) -> str:
+    """Put the image of a row of ``folder`` below ``out``, and return its path there.
+
+    It is a second name of the same file where the file system allows that, else a copy.
+    """
+    name = row.path.relative_to(folder)
+    (out / name).parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(os.path.realpath(row.path), out / name)
+    except OSError:  # another file system
+        shutil.copyfile(row.path, out / name)
+    return name.as_posix()
+
+
 def write_sidecars(rows: Iterable[CaptionRow], folder: Path) -> int:
     """Write ``KEY.txt`` below ``folder`` for every row with a caption: one line, no newline at its end.
 
@@ -213,7 +228,7 @@ def write_sidecar(folder: Path, key: str, caption: str, suffix: str = ".txt") ->
         raise DataError(
             NO_SUCH_NAME[error.errno],
             where=str(path),
-            mend="choose another format, or rename the image or its folder",
+            fix="choose another format, or rename the image or its folder",
         ) from error
     finally:
         with suppress(OSError):
@@ -254,7 +269,7 @@ def walk_images(path: Path, others: Counter[str] | None = None) -> Iterator[tupl
     """
     if not path.is_dir():
         what = "not a folder" if path.exists() else "no such folder"
-        raise DataError(what, where=str(path), mend="name a folder of images, or scenes:SPLIT:COUNT")
+        raise DataError(what, where=str(path), fix="name a folder of images, or scenes:SPLIT:COUNT")
 
     def unreadable(error: OSError) -> None:
         raise DataError(f"cannot be listed: {error.strerror}", where=str(error.filename)) from error
@@ -301,14 +316,14 @@ def no_images(path: Path) -> DataError:
     return DataError(
         "no images in this folder",
         where=str(path),
-        mend=f"image files end in one of {' '.join(sorted(IMAGE_SUFFIXES))}",
+        fix=f"image files end in one of {' '.join(sorted(IMAGE_SUFFIXES))}",
     )
 
 
 def sidecar(stem: Path, errors: str = "strict") -> str | None:
     """The caption in ``STEM.txt`` or ``STEM.caption``, None if there is neither or it is empty.
 
-    ``errors="replace"`` takes any bytes for text. Raises :class:`DataError` for a file that is no text.
+    ``errors="replace"`` takes any bytes for text. Raises :class:`DataError` for a file that is not text.
     """
     for path in (stem.with_name(stem.name + suffix) for suffix in CAPTION_SUFFIXES):
         if os.path.isfile(path):  # also false for a name too long to be one
@@ -400,7 +415,7 @@ def caption_tables(path: Path, named: Mapping[str, str] | None = None) -> tuple[
             raise DataError(
                 f"{len(found)} caption tables of one folder, one is wanted",
                 where=", ".join(map(str, found)),
-                mend="keep one of them, or name it as the source",
+                fix="keep one of them, or name it as the source",
             )
         tables += found
     return tables, others

@@ -56,7 +56,7 @@ class Spec:
 
 def parse(source: str) -> Spec:
     """What a source names. Raises :class:`DataError` for words behind ``?`` that are none of its settings."""
-    mend = "SOURCE?count=20000&seed=1&part=2&text=COLUMN&file=COLUMN, each if wanted"
+    fix = "SOURCE?count=20000&seed=1&part=2&text=COLUMN&file=COLUMN, each if wanted"
     base, given = source, ""
     if not os.path.exists(source):
         match = re.fullmatch(r"(?s)(.*)\?((?:[a-z]+=[^&]*)(?:&[a-z]+=[^&]*)*)", source)
@@ -64,10 +64,10 @@ def parse(source: str) -> Spec:
     settings: dict[str, Any] = dict(parse_qsl(given, keep_blank_values=True))
     for name, value in settings.items():
         if name not in NUMBERS + NAMES:
-            raise DataError(f"a source has no setting {name!r}", where=source, mend=mend)
+            raise DataError(f"a source has no setting {name!r}", where=source, fix=fix)
         if name in NUMBERS:
             if not value.isdecimal() or (name != "seed" and int(value) < 1):
-                raise DataError(f"{name} is a whole number", where=source, mend=mend)
+                raise DataError(f"{name} is a whole number", where=source, fix=fix)
             settings[name] = int(value)
     split = None
     if "#" in base and not os.path.exists(base):
@@ -138,10 +138,10 @@ def _files(spec: Spec) -> list[ImageRow] | None:
     elif path.is_dir() and spec.split and (path / "dataset_dict.json").is_file():
         return None
     elif spec.split and not spec.base.startswith("hf:"):
-        mend = (
+        fix = (
             "SOURCE#SPLIT names a folder in SOURCE, a value of a table's column split, or a split of hf:NAME"
         )
-        raise DataError(f"no split {spec.split!r}", where=spec.base, mend=mend)
+        raise DataError(f"no split {spec.split!r}", where=spec.base, fix=fix)
     if path.is_dir() and next(open_source(str(path))).kind == "folder":
         return read_folder(path, named=spec.named)
     return None
@@ -188,7 +188,7 @@ def _chosen(keys: Iterator[str], spec: Spec) -> frozenset[str] | None:
         raise DataError(
             f"only {len(order):,} images, so there is no part {spec.part} of {spec.count:,}",
             where=spec.base,
-            mend="a smaller count, or fewer parts",
+            fix="a smaller count, or fewer parts",
         )
     return frozenset(key for _, key in part)
 

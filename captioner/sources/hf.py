@@ -77,15 +77,15 @@ def _loading(where: str) -> Iterator[None]:
     except Exception as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise DataError(
-            f"not a data set that can be loaded: {reason}", where=where, mend="hf:PATH_OR_NAME[:SPLIT]"
+            f"not a data set that can be loaded: {reason}", where=where, fix="hf:PATH_OR_NAME[:SPLIT]"
         ) from error
 
 
 def _choose(split: str | None, splits: list[str], where: str) -> str:
     wanted = split or ("train" if "train" in splits or len(splits) != 1 else splits[0])
     if wanted not in splits:
-        mend = f"name one of them: hf:{where}:SPLIT"
-        raise DataError(f"no split {wanted!r} among {', '.join(splits)}", where=where, mend=mend)
+        fix = f"name one of them: hf:{where}:SPLIT"
+        raise DataError(f"no split {wanted!r} among {', '.join(splits)}", where=where, fix=fix)
     return wanted
 
 

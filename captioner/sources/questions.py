@@ -73,7 +73,7 @@ def read(path: Path, max_bad: float = 1.0) -> tuple[list[ImageRow], dict[str, in
         raise Refused(
             f"{bad} of {rows} rows cannot be used ({listed}), the limit is {max_bad:.0%}",
             where=str(path),
-            mend="mend the rows, put the images beside the file, or raise --max_failed",
+            fix="fix the rows, put the images beside the file, or raise --max_failed",
         )
     used = [
         replace(image, questions=list(asked[image.key].values())) for image in images if asked.get(image.key)
@@ -115,7 +115,7 @@ def find(folder: Path) -> Path | None:
     ]
     if len(files) > 1:
         names = ", ".join(path.name for path in files)
-        raise DataError(f"{len(files)} question files: {names}", where=str(folder), mend="name one of them")
+        raise DataError(f"{len(files)} question files: {names}", where=str(folder), fix="name one of them")
     return next(iter(files), None)
 
 
@@ -191,7 +191,7 @@ def _rows(path: Path) -> Iterator[Any]:
         yield from _lines(path)
         return
     if path.suffix != ".json":
-        raise DataError("not a question file", where=str(path), mend=f"use one of {', '.join(FORMS)}")
+        raise DataError("not a question file", where=str(path), fix=f"use one of {', '.join(FORMS)}")
     try:
         yield from _objects(path, json.loads(path.read_text(encoding="utf-8")))
     except json.JSONDecodeError as error:
@@ -203,7 +203,7 @@ def _rows(path: Path) -> Iterator[Any]:
 
 
 def _lines(path: Path) -> Iterator[Any]:
-    """One row a line; a line that is no JSON is a bad row."""
+    """One row a line; a line that is not JSON is a bad row."""
     try:
         with path.open(encoding="utf-8") as lines:
             for line in filter(str.strip, lines):
@@ -222,8 +222,8 @@ def _objects(path: Path, data: Any) -> Iterator[Any]:
             known = isinstance(row, Mapping) and isinstance(row.get("question_id"), int)
             yield {**row, "question": asked.get(row["question_id"])} if known else None
     elif isinstance(data, Mapping) and isinstance(data.get("questions"), list):
-        mend = "name the *annotations.json file; the questions are found beside it"
-        raise DataError("questions without answers", where=str(path), mend=mend)
+        fix = "name the *annotations.json file; the questions are found beside it"
+        raise DataError("questions without answers", where=str(path), fix=fix)
     elif isinstance(data, Mapping):
         yield from data.values()
     elif isinstance(data, list):
@@ -241,7 +241,7 @@ def _vqa_questions(path: Path) -> dict[int, str]:
         raise DataError(
             f"{len(files)} question files belong to these annotations",
             where=str(path),
-            mend="put one *questions*.json of the same subset beside it",
+            fix="put one *questions*.json of the same subset beside it",
         )
     try:
         rows = json.loads(files[0].read_text(encoding="utf-8"))["questions"]

@@ -109,8 +109,8 @@ def _cuts(
     if spec.startswith("hf:"):
         return "hf", hf_cuts(spec, shard_rows)
     if spec.startswith("scenes:") or "://" in spec:
-        mend = "render scenes first (captioner scenes), copy remote data to a disk first"
-        raise DataError("not a data set on this machine", where=spec, mend=mend)
+        fix = "render scenes first (captioner scenes), copy remote data to a disk first"
+        raise DataError("not a data set on this machine", where=spec, fix=fix)
     path = Path(os.path.abspath(spec))  # other processes may work elsewhere
     if not path.exists() and re.search(r"[*?\[{]", spec):
         files = _matches(str(path))
@@ -129,7 +129,7 @@ def _cuts(
             return "captions", table_cuts(path, shard_rows)
         files = [path]
     else:
-        raise DataError("no such file or folder", where=spec, mend="name a data set: docs/formats.md")
+        raise DataError("no such file or folder", where=spec, fix="name a data set: docs/formats.md")
     kinds = {file.suffix.lower() for file in files}
     if kinds == {".tar"}:
         return "webdataset", (Cut(file.name, str(file)) for file in files)
@@ -138,7 +138,7 @@ def _cuts(
     raise DataError(
         f"neither tars nor Parquet files: {', '.join(sorted(kinds))}",
         where=spec,
-        mend="name a folder of images, a list of them (LIST.txt), *.tar or *.parquet",
+        fix="name a folder of images, a list of them (LIST.txt), *.tar or *.parquet",
     )
 
 
@@ -157,7 +157,7 @@ def _matches(pattern: str) -> list[Path]:
         raise DataError(
             f"{len(missing):,} of the files are not there, the first: {missing[0]}",
             where=pattern,
-            mend="restore them, or name those that are there with *",
+            fix="restore them, or name those that are there with *",
         )
     if not files:
         raise DataError("no file matches", where=pattern)

@@ -47,7 +47,7 @@ def columns_of(schema: Any, where: str) -> Columns:
         raise DataError(
             f"no column of images among {', '.join(list(kinds)[:20])}",
             where=where,
-            mend="image bytes in a column `image`, or paths of image files in a column `path`",
+            fix="image bytes in a column `image`, or paths of image files in a column `path`",
         )
     keys = [k for k in (*KEY_COLUMNS, *paths[:1]) if k in kinds and (text(kinds[k]) or _whole(kinds[k]))]
     captions = [name for name in CAPTION_COLUMNS if name in kinds and text(kinds[name])]
@@ -90,7 +90,7 @@ def _cell(value: Any, home: Path, remote: bool) -> bytes | Path | None:
     if value is None or isinstance(value, bytes):
         return value
     if not isinstance(value, str) or "\0" in value or not value:
-        raise ValueError(f"{value!r} is no path of a file")
+        raise ValueError(f"{value!r} is not the path of a file")
     if remote and value.startswith("hf://") and "::" not in value:
         import fsspec  # type: ignore[import-untyped]
 

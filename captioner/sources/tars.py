@@ -48,8 +48,8 @@ def read_tar(shard: ShardRef) -> Iterator[Item]:
     with file:
         size = os.fstat(file.fileno()).st_size
         if _next_header(file, 0, BLOCK) is None:
-            mend = "a compressed tar wants to be unpacked: gunzip"
-            raise DataError("not a tar that can be read: no header", where=str(path), mend=mend)
+            fix = "a compressed tar wants to be unpacked: gunzip"
+            raise DataError("not a tar that can be read: no header", where=str(path), fix=fix)
         start: int | None = 0
         found = 0
         while start is not None:

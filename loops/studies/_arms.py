@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 from captioner.config import Config, SamplingConfig
 from captioner.judges import facts, metrics
 from captioner.judges.metrics import Counts
-from captioner.pipeline.watch import repeats
 from captioner.records import CaptionRow
 from captioner.runs import Run, Shards, atomic_write_json
 from captioner.sources import resolve
 from captioner.sources.folder import ImageRow, read_folder
+from captioner.statements import loops
 from loops import evaluate, sft
 
 if TYPE_CHECKING:
@@ -88,5 +88,5 @@ def scores(run: Run, name: str, checkpoint: Path) -> Metrics:
     found = {"f1": 0.0, "repeated": 0.0}  # of one that says nothing both are undefined
     found |= {key: x["value"] for key, x in one["metrics"].items() if x["value"] is not None}
     said = [row.caption or "" for row in Shards(run.path / one["captions"], CaptionRow).read_all()]
-    unique, looping = len(set(said)) / len(said), sum(map(repeats, said)) / len(said)
+    unique, looping = len(set(said)) / len(said), sum(map(loops, said)) / len(said)
     return found | {"unique": unique, "looping": looping}

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from captioner.config import Config, GoldenConfig
 from captioner.lab import grid as scenes
-from captioner.method import golden
+from captioner.method import golden, rounds, verdicts
 from captioner.records import Candidate, Claim
 from captioner.runs import Run, Shards
 from captioner.sources import resolve
@@ -72,10 +72,10 @@ def measure(config: Config, work: Path) -> Iterator[tuple[str, dict[str, float]]
 def _images(run: Run) -> list[Image]:
     """Facts, samples and claims of every image whose claims were asked."""
     home = run.stage_dir("round-1")
-    source = golden_loop.round_source(run.config.golden.images, 1)
+    source = rounds.round_source(run.config.golden.images, 1)
     facts = {row.key: scenes.Scene.from_json(row.facts or "") for row in read_folder(resolve(source, run))}
-    samples = golden_loop.by_key(Shards(home / "candidates", Candidate).read_all())
-    claims = golden_loop.by_key(Shards(home / "claims", Claim).read_all())
+    samples = rounds.by_key(Shards(home / "candidates", Candidate).read_all())
+    claims = rounds.by_key(verdicts.read(home))
     return [(facts[key], samples[key], own) for key, own in claims.items()]
 
 
@@ -88,14 +88,14 @@ def _arms(config: GoldenConfig) -> list[tuple[str, Arm]]:
     def at(keep: float) -> Arm:
         def arm(_: list[Candidate], claims: list[Claim]) -> list[str]:
             distrusted = {claim.kind: "" for claim in claims if claim.p_true is None}
-            judged = golden.judge(claims, golden.Thresholds(keep, min(keep, config.drop), distrusted))
+            judged = verdicts.judge(claims, verdicts.Thresholds(keep, min(keep, config.drop), distrusted))
             return [", ".join(claim.text for claim in judged if claim.verdict == "keep")]
 
         return arm
 
     def best(samples: list[Candidate], claims: list[Claim]) -> list[str]:
         def mean(one: Candidate) -> float:
-            own = [golden.confidence(claim) for claim in claims if one.k in claim.candidates]
+            own = [verdicts.confidence(claim) for claim in claims if one.k in claim.candidates]
             return sum(own) / len(own) if own else 0.0
 
         return [max(samples, key=mean).text]
@@ -108,7 +108,7 @@ def _arms(config: GoldenConfig) -> list[tuple[str, Arm]]:
         ("golden", caption(lambda claim, count: golden.stays(claim, count, config.abstain))),
         (
             "golden by P(yes) alone",
-            caption(lambda claim, _: claim.p_true is not None and golden.confirmed(claim) >= config.keep),
+            caption(lambda claim, _: claim.p_true is not None and verdicts.confirmed(claim) >= config.keep),
         ),
         *((f"golden, keep {keep}", at(keep)) for keep in KEEPS),
         ("golden, abstained kept", caption(lambda claim, _: claim.verdict != "drop")),

@@ -47,9 +47,9 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "DPO + CE, no golden SFT": (START, _CE),
     "DPO + CE + anchor, no golden SFT": (START, _ANCHOR),
     "DPO": (PAIRED, _PLAIN),
-    "hinge": (PAIRED, _PLAIN | {"loss": ("hinge",)}),
-    "IPO": (PAIRED, _PLAIN | {"loss": ("ipo",)}),
-    "KTO": (PAIRED, _PLAIN | {"loss": ("kto",)}),
+    "hinge": (PAIRED, _PLAIN | {"loss_type": ("hinge",)}),
+    "IPO": (PAIRED, _PLAIN | {"loss_type": ("ipo",)}),
+    "KTO": (PAIRED, _PLAIN | {"loss_type": ("kto",)}),
     "DPO + CE": (PAIRED, _CE),
     "DPO + CE after own samples, too": (OWN, _CE),
     "DPO + CE + anchor": (PAIRED, _ANCHOR),
@@ -80,7 +80,7 @@ def measure(config: Config, work: Path) -> Iterator[tuple[str, dict[str, float]]
     assert images is not None
     paths = {row.key: row.path for row in read_folder(images, captions=False)}
     pairs, _ = dpo.linted(run, Shards(home / "pairs", Pair).read_all(), start)
-    verdicts = dpo.verdicts(home / "claims")
+    verdicts = dpo.verdicts_of(home)
     captions = Shards(home / "golden", Golden).read_all()
     starts = {START: start}
     bases = {START: scores(run, START, start)}
@@ -105,7 +105,7 @@ def measure(config: Config, work: Path) -> Iterator[tuple[str, dict[str, float]]
             # the log-probabilities under one reference are the same for most losses
             shared = (
                 None
-                if changes.keys() & SCORED_APART or "kto" in settings.dpo.loss
+                if changes.keys() & SCORED_APART or "kto" in settings.dpo.loss_type
                 else work / "reference" / begin
             )
             if shared and (shared / "pairs").is_dir():

@@ -121,9 +121,9 @@ def _cost(config: Config, work: Path, captioner: Captioner) -> Metrics:
         render.Renderer(captioner, config.views),
         sft.training_images(rows, section),
         section.training.seed,
-        section.training.batch_size,
+        section.training.per_device_train_batch_size,
     )
-    batch = collator([{"position": at} for at in range(section.training.batch_size)])
+    batch = collator([{"position": at} for at in range(section.training.per_device_train_batch_size)])
     batch.pop("positions")
     fed = {name: tensor.to(captioner.device) for name, tensor in batch.items()}
     weights = {p.untyped_storage().data_ptr() for p in captioner.model.parameters()}

@@ -99,7 +99,7 @@ def test_our_hook_equals_the_librarys(placement: Kind) -> None:
         made.loss.backward()
         gradients = [p.grad.clone() for p in adapters._parameters(ours).values() if p.grad is not None]
         found.append([made.logits.detach(), soft_prompt.rows(captioner).grad, *gradients])
-    assert len(found[0]) == len(found[1]) > 20
+    assert len(found[0]) == len(found[1]) > 12
     for one, other in zip(*found, strict=True):
         assert (one - other).abs().max() <= 1e-6 * other.abs().max()
     plain = tiny_captioner("qwen2_5_vl", torch.float64)
@@ -119,7 +119,11 @@ def test_sft_and_captions_with_a_kind_that_is_not_exported(
     before = {name: p.detach().clone() for name, p in captioner.model.named_parameters()}
     renderer = render.Renderer(captioner, ViewsConfig())
     training = TrainingConfig(
-        steps=4, batch_size=2, learning_rate=1e-2, log_steps=1, gradient_checkpointing=checkpointing
+        max_steps=4,
+        per_device_train_batch_size=2,
+        learning_rate=1e-2,
+        logging_steps=1,
+        gradient_checkpointing=checkpointing,
     )
     images = sft.training_images(rows(), sft.SFTConfig())
     train.train_sft(captioner, renderer, images, training, tmp_path / "sft")
@@ -140,7 +144,7 @@ def test_sft_and_captions_with_a_kind_that_is_not_exported(
 
 
 def captions(captioner: Captioner) -> list[str]:
-    engine = HFEngine(captioner, ViewsConfig(), EngineConfig(batch_size=4))
+    engine = HFEngine(captioner, ViewsConfig(), EngineConfig(max_num_seqs=4))
     requests = [CaptionRequest(str(i), picture, f"{i:064x}") for i, picture in enumerate(PICTURES)]
     return [row[0].text for row in engine.sample(requests, 1, SamplingConfig(temperature=0, max_tokens=16))]
 

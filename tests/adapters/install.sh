@@ -10,7 +10,7 @@ if [ -e "$dir/.complete" ]; then exit 0; fi
 python3 -m venv "$dir"
 python=$dir/bin/python
 "$python" -m pip install --quiet --disable-pip-version-check -c "$root/tests/adapters/constraints.txt" \
-  "$root[adapters]" pytest
+  "$root[adapters]" pytest hypothesis
 "$python" -m pip uninstall --quiet --yes --disable-pip-version-check captioner # tests import the checkout
 
 # Beside a CPU build of torch torchvision announces two compiled operators that are not there, and fails to

@@ -66,7 +66,7 @@ for expected in Path(sys.argv[1]).glob("*.pt"):
 def test_without_the_library_its_kinds_are_refused(kind: str) -> None:
     with pytest.raises(ConfigError, match="need the `adapters` library") as caught:
         add(tiny_captioner(), "captioner", 5, 7, kind)  # type: ignore[arg-type]
-    assert "parallel or sequential" in caught.value.mend
+    assert "parallel or sequential" in caught.value.fix
 
 
 def test_sequential_ones_are_not_exported(tmp_path: Path) -> None:

@@ -114,8 +114,8 @@ def test_a_missing_file_is_named_with_its_origin_and_folder(folder: Path, name: 
     with pytest.raises(DataError) as caught:
         amber({"AMBER_1": "a cat"}, folder)
     assert name in caught.value.what
-    assert "junyangwang0410/AMBER" in caught.value.mend
-    assert str(folder) in caught.value.mend
+    assert "junyangwang0410/AMBER" in caught.value.fix
+    assert str(folder) in caught.value.fix
 
 
 def test_images_that_the_benchmark_does_not_describe_are_named(folder: Path) -> None:

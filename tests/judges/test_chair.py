@@ -145,8 +145,8 @@ def test_a_missing_file_is_named_with_its_origin_and_folder(folder: Path, name: 
     with pytest.raises(DataError) as caught:
         chair({"1": "a cat"}, folder)
     assert name in caught.value.what
-    assert origin in caught.value.mend
-    assert str(folder) in caught.value.mend
+    assert origin in caught.value.fix
+    assert str(folder) in caught.value.fix
 
 
 def test_a_category_without_a_name_is_an_error(folder: Path) -> None:

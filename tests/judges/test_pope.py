@@ -1,4 +1,4 @@
-"""POPE: scores by split, with "yes" as the positive class and its known scoring bugs mended."""
+"""POPE: scores by split, with "yes" as the positive class and its known scoring bugs fixed."""
 
 import json
 import math
@@ -94,8 +94,8 @@ def test_splits_are_kept_apart_and_only_their_files_are_needed(folder: Path) -> 
     with pytest.raises(DataError) as caught:
         pope({"adversarial/1": "yes"}, folder)
     assert "adversarial" in caught.value.what
-    assert "AoiDragon/POPE" in caught.value.mend
-    assert str(folder) in caught.value.mend
+    assert "AoiDragon/POPE" in caught.value.fix
+    assert str(folder) in caught.value.fix
 
 
 def test_answers_to_unknown_questions_are_named(folder: Path) -> None:

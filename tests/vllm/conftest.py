@@ -48,7 +48,7 @@ class Server:
         self.words = [
             *(sys.executable, "-c", "import sys; from loops.cli import main; sys.exit(main())"),
             *("serve", str(checkpoint), "--port", str(self.port), "--engine.vllm_python", python),
-            *("--engine.batch_size", "8", *extra),
+            *("--engine.max_num_seqs", "8", *extra),
         ]
         self.process: subprocess.Popen[str] | None = None
 

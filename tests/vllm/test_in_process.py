@@ -29,7 +29,7 @@ def image(seed, width, height):
 
 def main():
     checkpoint, sizes, questions = json.loads(sys.argv[1])
-    config = Config.model_validate({"engine": {"type": "vllm", "batch_size": 2}})  # 4 requests are under way
+    config = Config.model_validate({"engine": {"type": "vllm", "max_num_seqs": 2}})  # 4 at once
     engine = make_engine(Path(checkpoint), config)
     asked = [CaptionRequest(f"k{i}", image(i, *sizes[i % 4]), f"{i:064x}") for i in range(6)]
     greedy = list(engine.sample(asked, 1, SamplingConfig(temperature=0.0, max_tokens=24)))

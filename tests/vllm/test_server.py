@@ -24,7 +24,8 @@ from captioner.engines.server import ServerEngine
 from captioner.engines.text import TextEngine
 from captioner.errors import EngineError
 from captioner.lab import grid as scenes
-from captioner.method.tool import LLM, ToolFailed
+from captioner.method.llm import LLM
+from captioner.method.tool import ToolFailed
 from captioner.models import fuse, model, render
 from captioner.sources.folder import read_captions
 from loops.cli import main
@@ -266,7 +267,7 @@ def test_an_exported_captioner_in_vllm_and_in_plain_transformers(vllm_python: st
     """The base with trained adapters and soft prompt, as `captioner export` leaves it: the same captions."""
     run, out = str(tmp_path / "run"), tmp_path / "captioner"
     training = ["--sft.data", "scenes:sft:64", "--sft.validation", "none", "--sft.multi_view_share", "0.5"]
-    training += ["--sft.training.steps", "24", "--sft.training.batch_size", "8"]
+    training += ["--sft.training.max_steps", "24", "--sft.training.per_device_train_batch_size", "8"]
     training += ["--sft.training.learning_rate", "5e-3", "--model.device", "cpu"]
     assert main(["sft", "--run", run, *training]) == 0
     adapter = ["--adapter", f"{run}/sft/adapter", "--model.path", "scenes-base"]

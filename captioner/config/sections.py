@@ -1,29 +1,12 @@
-"""Every setting of captioner, as frozen pydantic models. Imports no torch.
-
-One resolved :class:`Config` serves all commands. Precedence: defaults < the run's own config
-< TOML file < ``--section.field value`` on the command line.
-"""
+"""The sections of the config: every setting, with its limits, unit and "off" value."""
 
 from __future__ import annotations
 
-import difflib
-import json
-import re
-import tomllib
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args, get_origin
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic.fields import FieldInfo
+from pydantic import Field, model_validator
 
-from captioner.errors import ConfigError, masked
-
-
-class Section(BaseModel):
-    """Unknown fields are errors, values never change, and each field's docstring is its help text."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+from captioner.config.base import Section
 
 
 class ModelConfig(Section):
@@ -72,15 +55,17 @@ class ViewsOverride(Section):
 
 
 class TrainingConfig(Section):
-    steps: int = Field(200, ge=1)
+    max_steps: int = Field(200, ge=1)
     """Optimizer steps."""
-    batch_size: int = Field(16, ge=1)
+    num_train_epochs: float | None = Field(None, gt=0)
+    """Passes over the images; decides instead of `max_steps` where it is set. None = `max_steps` decides."""
+    per_device_train_batch_size: int = Field(16, ge=1)
     """Images a device sees at once; with all their pairs in preference training."""
-    accumulation: int = Field(1, ge=1)
+    gradient_accumulation_steps: int = Field(1, ge=1)
     """Batches per optimizer step."""
     learning_rate: float = Field(1e-3, gt=0)
     """Peak rate of AdamW, reached after the warm-up; cosine to zero after it."""
-    warmup: float = Field(0.05, ge=0, lt=1)
+    warmup_ratio: float = Field(0.05, ge=0, lt=1)
     """Share of the steps that warm up."""
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled weight decay of AdamW; 0 = off."""
@@ -88,16 +73,27 @@ class TrainingConfig(Section):
     """Gradient norm above which gradients are scaled down."""
     save_steps: int = Field(50, ge=1)
     """Steps between resumable checkpoints."""
-    log_steps: int = Field(10, ge=1)
+    logging_steps: int = Field(10, ge=1)
     """Steps between lines of metrics.jsonl."""
-    patience: int = Field(0, ge=0)
+    early_stopping_patience: int = Field(0, ge=0)
     """Validation losses (one per `save_steps`) without a new best that stop the training; 0 = off."""
-    gradient_checkpointing: bool = False
-    """Compute activations again in the backward pass: less memory, about a third more time."""
+    gradient_checkpointing: bool | None = None
+    """Compute activations again in the backward pass: less memory, about a third more time. None = for
+    models of more than 500 M parameters."""
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     """Trackers that get the metrics beside metrics.jsonl; each must be installed."""
     seed: int = 0
     """Seed of data order, initial weights and dropout."""
+    microbatch_size: int | None = Field(None, ge=1)
+    """Images that one forward pass sees, a divisor of `per_device_train_batch_size`; gradients are added up.
+    None = the whole batch, or 1 for models of more than 500 M parameters."""
+
+
+def _check_no_patience(training: TrainingConfig) -> None:
+    if training.early_stopping_patience:
+        raise ValueError(
+            "training.early_stopping_patience must be 0: this training has no validation loss to stop on"
+        )
 
 
 Part = Literal["merger", "vision", "language", "head", "embeddings"]
@@ -124,13 +120,13 @@ class LoraTuning(Section):
     """What is trained: `adapters`, `lora` or named `parts` of a frozen base, or `full` for every weight."""
     method: Literal["lora", "dora", "vera"] = "lora"
     """`dora` also learns the norm of each row; `vera` learns two vectors between shared random matrices."""
-    rank: int = Field(16, ge=1)
+    r: int = Field(16, ge=1)
     """Rank of the change of each weight matrix; VeRA wants some hundreds."""
-    alpha: float = Field(32.0, gt=0)
-    """The change is scaled by alpha / rank; VeRA has no scale."""
-    rank_stabilized: bool = False
-    """Scale by alpha / sqrt(rank) instead."""
-    dropout: float = Field(0.0, ge=0, lt=1)
+    lora_alpha: float = Field(32.0, gt=0)
+    """The change is scaled by lora_alpha / r; VeRA has no scale."""
+    use_rslora: bool = False
+    """Scale by lora_alpha / sqrt(r) instead."""
+    lora_dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout on what goes into the change."""
     targets: tuple[Literal["language", "vision", "merger"], ...] = Field(("language",), min_length=1)
     """Where: every linear layer of the language model, the encoder, the merger between them."""
@@ -141,7 +137,7 @@ class LoraTuning(Section):
     def _fits(self) -> Self:
         if twice := sorted(set(self.targets) & set(self.parts)):
             raise ValueError(f"{', '.join(twice)} cannot be a target and a part")
-        if self.method == "vera" and self.rank_stabilized:
+        if self.method == "vera" and self.use_rslora:
             raise ValueError("VeRA has no scale to stabilize")
         return self
 
@@ -201,7 +197,12 @@ class QAConfig(Section):
     """Inner units of the QA adapter of each language layer."""
     band_accuracy: float = Field(0.7, ge=0.5, lt=1)
     """What "yes" and "no" must reach on held-out questions; where they do not, a claim may be asked again."""
-    training: TrainingConfig = TrainingConfig(steps=150)
+    training: TrainingConfig = TrainingConfig(max_steps=150)
+
+    @model_validator(mode="after")
+    def _no_early_stop(self) -> Self:
+        _check_no_patience(self.training)
+        return self
 
 
 class SamplingConfig(Section):
@@ -229,7 +230,7 @@ class ServerConfig(Section):
     timeout: float = Field(300.0, gt=0)
     """Seconds after which a request without its whole answer counts as failed and its server as stalled."""
     retries: int = Field(3, ge=0)
-    """Further tries of a request that failed or whose answer is no good."""
+    """Further tries of a request that failed or whose answer is unusable."""
     wait: float = Field(900.0, ge=0)
     """Seconds to wait while no server answers."""
 
@@ -238,7 +239,7 @@ class EngineConfig(ServerConfig):
     type: Literal["hf", "server", "vllm"] = "hf"
     """`hf` = transformers in this process, `vllm` = vLLM in this process, `server` = vLLM servers at `urls`
     (those that `captioner serve` started on the checkpoint, or that serve `model`)."""
-    batch_size: int = Field(64, ge=1)
+    max_num_seqs: int = Field(64, ge=1)
     """Sequences per forward pass of `hf`; sequences that vLLM works on at the same time."""
     max_model_len: int | None = Field(None, ge=16)
     """Longest sequence of vLLM, tokens; None = all views of an image and 1024 more, if the model can."""
@@ -272,14 +273,16 @@ class GoldenConfig(Section):
     """How an undecided claim is asked again: on the view that covers it best, in a second wording.
     None = in the ways that proved right on the verifier's held-out questions."""
     planted: str | None = None
-    """File of claims with human-checked answers that the verifier is measured on; None = the scenes' facts
-    if there are any, else the held-out questions of its training."""
+    """File of claims with human-checked answers that the verifier is measured on; None = facts of the images
+    if there are any, else their captions and those of the held-out images of qa.data, and questions."""
     planted_images: int = Field(64, ge=1)
-    """Images whose captions give the planted claims, where facts judge them."""
+    """Images whose captions, facts or questions give the planted claims."""
     min_accuracy: float = Field(0.65, ge=0, le=1)
     """Verifier accuracy on planted claims below which the round is refused."""
-    min_kind_accuracy: float = Field(0.7, ge=0, le=1)
-    """Accuracy on planted claims of a kind below which claims of that kind abstain."""
+    min_kind_accuracy: float = Field(0.9, ge=0, le=1)
+    """Accuracy on planted claims of a kind below which no claim of that kind is kept."""
+    min_drop_accuracy: float = Field(0.7, ge=0, le=1)
+    """Accuracy on planted claims of a kind below which none is refuted either: all of that kind abstain."""
     abstain: Literal["majority", "leave_out", "keep"] = "leave_out"
     """An abstained claim stays if most samples state it, is left out, or stays."""
     max_questions: int = Field(120, ge=1)
@@ -340,7 +343,7 @@ class AlarmsConfig(Section):
 
 
 class DPOConfig(Section):
-    loss: tuple[Loss, ...] = Field(("sigmoid",), min_length=1)
+    loss_type: tuple[Loss, ...] = Field(("sigmoid",), min_length=1)
     """Losses of TRL's DPOTrainer by name, summed; `kto` alone is its KTOTrainer."""
     loss_weights: tuple[float, ...] = ()
     """Weight of each of them; none = 1 each."""
@@ -367,20 +370,25 @@ class DPOConfig(Section):
     golden_sft_samples: int = Field(0, ge=0)
     """Rejected samples of each image that this SFT learns beside its golden caption; 0 = golden alone."""
     tuning: AdapterTuning = AdapterTuning()
-    training: TrainingConfig = TrainingConfig(steps=40, batch_size=8, learning_rate=3e-4, save_steps=20)
+    training: TrainingConfig = TrainingConfig(
+        max_steps=40, per_device_train_batch_size=8, learning_rate=3e-4, save_steps=20
+    )
     alarms: AlarmsConfig = AlarmsConfig()
 
     @model_validator(mode="after")
     def _fitting(self) -> Self:
-        if self.loss_weights and len(self.loss_weights) != len(self.loss):
-            raise ValueError(f"{len(self.loss)} losses have {len(self.loss_weights)} loss_weights")
-        if "exo_pair" in self.loss and not self.label_smoothing:
+        _check_no_patience(self.training)
+        if self.tuning.placement != "parallel":
+            raise ValueError("tuning.placement must be parallel: a round ends with an exported captioner")
+        if self.loss_weights and len(self.loss_weights) != len(self.loss_type):
+            raise ValueError(f"{len(self.loss_type)} losses have {len(self.loss_weights)} loss_weights")
+        if "exo_pair" in self.loss_type and not self.label_smoothing:
             raise ValueError("exo_pair needs a label_smoothing above 0, such as 0.001")
-        if "kto" in self.loss and (
-            self.loss_weights or len(self.loss) > 1 or self.anchor_weight or self.image_weight
+        if "kto" in self.loss_type and (
+            self.loss_weights or len(self.loss_type) > 1 or self.anchor_weight or self.image_weight
         ):
             raise ValueError("kto stands alone: no second loss, loss_weights, anchor_weight or image_weight")
-        if self.length_margin and not set(self.loss) <= MARGIN_LOSSES:
+        if self.length_margin and not set(self.loss_type) <= MARGIN_LOSSES:
             raise ValueError(f"length_margin goes with {', '.join(sorted(MARGIN_LOSSES))} only")
         return self
 
@@ -445,7 +453,7 @@ class TripwireConfig(Section):
     cut: float = Field(0.2, ge=0, le=1)
     """Captions cut by the token limit."""
     repeated: float = Field(0.02, ge=0, le=1)
-    """Captions in which more than half of the sequences of four words occurred before."""
+    """Captions in which more than half of the statements were said before or go round in a circle."""
     failed: float = Field(0.2, ge=0, le=1)
     """Rows without a caption."""
     drift: float = Field(0.5, ge=0)
@@ -461,7 +469,9 @@ class CaptionConfig(Section):
     best_of: int = Field(1, ge=1)
     """Captions sampled per image; the one with the most confirmed statements stays. Needs --verify."""
     drop: float = Field(0.4, gt=0, lt=1)
-    """P(yes) below which --drop-refuted leaves a statement out."""
+    """P(yes) below which --drop-refuted leaves a statement out, where the captioner itself is asked."""
+    verifier: str | None = None
+    """Run whose verifier --verify asks; None = the run at hand, or the captioner itself where it has none."""
     prepare_processes: int | None = Field(None, ge=0)
     """Processes per worker that decode images and cut views; 0 = the worker itself, None = all other cores.
     On Ray 0 = the worker itself, else tasks of the cluster."""
@@ -484,6 +494,8 @@ class CaptionConfig(Section):
     """GiB that images on their way to the engines may take on one machine; half of it for a single image."""
     outage: float = Field(3600.0, ge=0)
     """Seconds to wait for a disk of the input that is gone; then the job stops, to be begun again."""
+    join: bool = False
+    """Several machines give the same command with one output on a file system that they share."""
 
     @model_validator(mode="after")
     def _sampled(self) -> Self:
@@ -511,190 +523,3 @@ class Config(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     gate: GateConfig = GateConfig()
     caption: CaptionConfig = CaptionConfig()
-
-
-def load(
-    toml: Path | None = None, overrides: Mapping[str, str] | None = None, base: Config | None = None
-) -> Config:
-    """Resolve a config: defaults (or ``base``, the run's own) < ``toml`` < ``overrides``.
-
-    ``overrides`` maps dotted fields to their text as typed (``{"dpo.beta": "0.1"}``). The text ``none``
-    stands for None where a field may be None, and a comma separates the members of a tuple; both hold in
-    TOML too. Raises ConfigError naming the field, where it stands and the nearest known field.
-    """
-    merged = (base or Config()).model_dump(mode="json")
-    origins: dict[str, str] = {}
-    if toml is not None:
-        tree, lines = _read_toml(toml)
-        for name, value in _leaves(tree):
-            _put(merged, name, value, f"{toml} line {lines[name]}" if name in lines else str(toml), origins)
-    # a `type` picks the kind of its section, so it comes before that section's other fields
-    for name, text in sorted(
-        (overrides or {}).items(), key=lambda item: item[0].rpartition(".")[2] != "type"
-    ):
-        _put(merged, name, text, f"--{name} {text}", origins)
-    return _validate(merged, origins)
-
-
-def load_json(path: Path) -> Config:
-    """Read a config that :class:`captioner.runs.Run` stored. Raises ConfigError."""
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read the stored config: {error}", where=str(path)) from error
-    return _validate(tree, {"": str(path)})
-
-
-def fields(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Every leaf of a section as (dotted name, field); of a section of several kinds, the fields of each."""
-    seen: set[str] = set()
-    for name, info in section.model_fields.items():
-        kinds = _kinds(info.annotation)
-        if not kinds:
-            yield prefix + name, info
-            continue
-        for kind in kinds:
-            for dotted, leaf in fields(kind, f"{prefix}{name}."):
-                if dotted not in seen:
-                    seen.add(dotted)
-                    yield dotted, leaf
-
-
-def values(section: BaseModel, prefix: str = "") -> Iterator[tuple[str, object]]:
-    """Every leaf of a config value as (dotted name, value)."""
-    for name in type(section).model_fields:
-        value = getattr(section, name)
-        if isinstance(value, BaseModel):
-            yield from values(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
-
-
-def shown(value: object) -> str:
-    """A field's value as it is typed on the command line."""
-    if isinstance(value, tuple):
-        return masked(",".join(map(str, value)))
-    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
-
-
-def _kinds(annotation: object) -> list[type[BaseModel]]:
-    """The section classes an annotation allows; empty for a plain value."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [kind for part in get_args(annotation) for kind in _kinds(part)]
-
-
-def _known() -> dict[str, FieldInfo]:
-    return dict(fields())
-
-
-def _nearest(name: str) -> str:
-    known = list(_known())
-    leaf = name.rpartition(".")[2]
-    same_leaf = [other for other in known if other.rpartition(".")[2] == leaf]
-    near = difflib.get_close_matches(name, same_leaf or known, n=1, cutoff=0.0 if same_leaf else 0.6)
-    if not near:
-        leaves = {other.rpartition(".")[2]: other for other in reversed(known)}
-        near = [leaves[hit] for hit in difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.6)]
-    return near[0] if near else ""
-
-
-def _unknown(name: str, where: str) -> ConfigError:
-    near = _nearest(name)
-    mend = f"did you mean {near}?" if near else "`captioner COMMAND --help` lists the fields"
-    return ConfigError(f"unknown field {name}", where=where, mend=mend)
-
-
-def _read_toml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
-    """The tree of a TOML file, and the line of each field where it can be told."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        tree = tomllib.loads(text)
-    except OSError as error:
-        raise ConfigError(f"cannot read the config file: {error.strerror}", where=str(path)) from error
-    except ValueError as error:  # TOMLDecodeError and UnicodeDecodeError
-        raise ConfigError(f"not a TOML file: {error}", where=str(path)) from error
-    lines: dict[str, int] = {}
-    table = ""
-    for number, line in enumerate(text.splitlines(), 1):
-        if header := re.match(r"\s*\[([\w.\-]+)\]", line):
-            table = header[1] + "."
-        elif key := re.match(r"\s*([\w.\-]+)\s*=", line):
-            lines.setdefault(table + key[1], number)
-    return tree, lines
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The leaves of a TOML tree; `type` first, since it picks the kind of its section."""
-    for name, value in sorted(tree.items(), key=lambda item: item[0] != "type"):
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
-
-
-def _put(merged: dict[str, Any], name: str, value: Any, where: str, origins: dict[str, str]) -> None:
-    """Set one field in the tree of raw values, and remember where it stood."""
-    info = _known().get(name)
-    if info is None:
-        inner = [other for other in _known() if other.startswith(name + ".")]
-        if inner:
-            raise ConfigError(
-                f"{name} is a section, not a field", where=where, mend=f"set one of {', '.join(inner)}"
-            )
-        raise _unknown(name, where)
-    *sections, leaf = name.split(".")
-    tree = merged
-    for section in sections:
-        tree = tree.setdefault(section, {})
-    if isinstance(value, str):
-        value = _from_text(value, info)
-    if leaf == "type" and value != tree.get("type"):
-        tree.clear()  # another kind of section has other fields: it starts from its own defaults
-    tree[leaf] = value
-    origins[name] = where
-
-
-def _from_text(text: str, info: FieldInfo) -> Any:
-    """A field's raw value from text: None and tuples here, numbers and choices by pydantic."""
-    kinds = (info.annotation, *get_args(info.annotation))
-    if type(None) in kinds and text.lower() == "none":
-        return None
-    if any(get_origin(kind) is tuple for kind in kinds):
-        return [part.strip().strip("'\"") for part in text.strip().strip("[]").split(",") if part.strip()]
-    return text
-
-
-def _validate(tree: Any, origins: Mapping[str, str]) -> Config:
-    try:
-        return Config.model_validate(tree)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-    known = _known()
-    name = ""
-    for part in first["loc"]:  # pydantic also names the kind of a tagged section and the index in a tuple
-        dotted = f"{name}.{part}".lstrip(".")
-        if any(other == dotted or other.startswith(dotted + ".") for other in known):
-            name = dotted
-    if first["type"] == "extra_forbidden":
-        if name not in known:
-            unknown = f"{name}.{first['loc'][-1]}".lstrip(".")
-            raise _unknown(unknown, origins.get("", ""))
-        kind = name.rpartition(".")[0] + ".type"
-        raise ConfigError(
-            f"{name} is not a field of that {kind}",
-            where=origins.get(name) or origins.get("", ""),
-            mend=f"set {kind} too, or leave {name} out",
-        )
-    value = first["input"]
-    if first["type"] == "union_tag_invalid":
-        name, value = f"{name}.type", value["type"]
-    where = (
-        origins.get(name)
-        or origins.get("")
-        or ", ".join(w for n, w in origins.items() if n.startswith(name + "."))
-    )
-    shown = "" if isinstance(value, dict) else f" = {value!r}"
-    mend = known[name].description if name in known else None
-    reason = first["msg"].removeprefix("Value error, ")
-    raise ConfigError(f"{name}{shown}: {reason}", where=where, mend=mend or "")

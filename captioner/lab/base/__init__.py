@@ -1,0 +1,1 @@
+"""How a base is made: sprites, architecture, encoder, language model, acceptance."""

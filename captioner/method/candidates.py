@@ -1,0 +1,90 @@
+"""The first stage of a round: captions that the captioner samples of every image, marked, none removed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from captioner import prompts
+from captioner.config import Config
+from captioner.method import rounds
+from captioner.method.rounds import Output, Plan
+from captioner.records import Candidate, Failed
+from captioner.runs import Run, Shards, Stage, is_main
+from captioner.sources.folder import ImageRow
+from captioner.statements import comparable_statements, repeats
+
+if TYPE_CHECKING:
+    from captioner.engines import Engine
+
+
+def mark(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """One image's candidates with ``repeats`` and ``duplicate_of`` set."""
+    first: dict[tuple[str, ...], int] = {}
+    marked = []
+    for each in candidates:
+        said = comparable_statements(each.text)
+        original = first.setdefault(tuple(dict.fromkeys(said)), each.k)
+        update = {"repeats": repeats(said), "duplicate_of": None if original == each.k else original}
+        marked.append(each.model_copy(update=update))
+    return marked
+
+
+def read(home: Path) -> dict[str, list[Candidate]]:
+    """The candidates of a round's images, by key."""
+    return rounds.by_key(Shards(home / "candidates", Candidate).read_all())
+
+
+def made_of(plan: Plan, config: Config) -> tuple[rounds.Inputs, dict[str, Any]]:
+    """Inputs and settings of the stage."""
+    section = {
+        **config.golden.model_dump(mode="json", include={"samples", "sampling", "shard_rows"}),
+        "views": config.views,
+        "dtype": config.model.dtype,
+        "prompt": prompts.prompt_hash("caption"),
+    }
+    return {"captioner": plan.captioner, "images": plan.source}, section
+
+
+def fill(stage: Stage, run: Run, plan: Plan, config: Config, images: list[ImageRow]) -> None:
+    """Sample ``golden.samples`` captions of each image."""
+    if stage.done:
+        return
+    settings = config.golden
+    output = Output(stage.dir, Candidate)
+    sampling = settings.sampling.model_copy(update={"seed": config.seed + settings.sampling.seed})
+
+    def work(
+        engine: Engine, part: list[ImageRow], advance: Callable[[], None]
+    ) -> tuple[list[Candidate], list[Failed]]:
+        from captioner.engines import CaptionRequest
+
+        failed: list[Failed] = []
+
+        def requests() -> Iterator[CaptionRequest]:
+            for row, image, sample in rounds.load(part, failed, advance):
+                yield CaptionRequest(row.key, image, sample)
+
+        rows: list[Candidate] = []
+        for sampled in engine.sample(requests(), settings.samples, sampling):
+            error = next((each.error for each in sampled if each.error), None)
+            if error:  # of an image with fewer samples than the others no votes can be counted
+                failed.append(Failed(sample=sampled[0].sample, key=sampled[0].key, reason=error))
+            else:
+                rows += mark(sampled)
+            advance()
+        return rows, failed
+
+    rounds.fill(output, "sampling", rounds.parts(images, settings.shard_rows), plan.captioner, config, work)
+    if not is_main():
+        return
+    rows = output.rows.read_all()
+    counts = {
+        "images": len(images),
+        "candidates": len(rows),
+        "cut": sum(r.finish_reason != "stop" for r in rows),
+        "repeating": sum(r.repeats > 0 for r in rows),
+        "duplicates": sum(r.duplicate_of is not None for r in rows),
+    }
+    rounds.finish(stage, run, counts, len(images))
