@@ -163,8 +163,9 @@ def test_claims_are_answered_by_keyboard_and_survive_a_kill(run: Run, tmp_path: 
     with browser.page() as page:
         with reviewing(run) as (address, process):
             page.goto(address)
-            expect(page.locator("#image")).to_have_js_property("complete", True)
-            assert page.locator("#image").evaluate("image => image.naturalWidth") > 100
+            expect(page.locator("#question")).not_to_be_empty()
+            shown = page.locator("#image")
+            assert shown.evaluate("image => image.decode().then(() => image.naturalWidth)") > 100
             questions = []
             for number, key in enumerate("ync"):
                 questions.append(page.inner_text("#question"))

@@ -6,11 +6,16 @@ exit code, negative where a signal ended it.
 
 import json
 import os
+import signal
 import sys
 
 import captioner.engines.hf  # noqa: F401  (the slow imports)
 from loops import cli
 from tests import conftest  # noqa: F401  (threads and network, before torch)
+
+# whoever started the tests may ignore these, and jobs would inherit that
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def main() -> None:

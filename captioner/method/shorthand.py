@@ -121,7 +121,9 @@ def shorthand(caption: str) -> list[str]:
                     found.setdefault(normalise(text), text)
     said = list(found.values())
     return [
-        one for one, after in zip_longest(said, said[1:], fillvalue="") if not after.startswith(f"{one} ")
+        one
+        for one, after in zip_longest(said, said[1:], fillvalue="")
+        if not after.startswith(f"{one} ") and any(map(str.isalnum, one))
     ]
 
 
