@@ -30,8 +30,8 @@ from captioner.pipeline.local import Inline
 from captioner.pipeline.output import Output
 from captioner.pipeline.watch import Watch
 from captioner.pipeline.worker import Settings, Worker
+from captioner.progress import Progress
 from captioner.records import Candidate
-from captioner.runs import Progress
 from captioner.sources.source import Item, ShardRef
 from captioner.views import ViewSpec
 

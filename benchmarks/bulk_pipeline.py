@@ -34,7 +34,8 @@ from captioner.pipeline.local import Inline, LocalPool
 from captioner.pipeline.output import Output
 from captioner.pipeline.watch import Watch
 from captioner.pipeline.worker import Settings, Worker
-from captioner.runs import Progress, checkpoint_path
+from captioner.progress import Progress
+from captioner.runs import checkpoint_path
 from captioner.sources.source import open_source, read_shard
 from captioner.views import prepare
 

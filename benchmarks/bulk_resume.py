@@ -23,9 +23,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from captioner.config import Config
+from captioner.files import atomic_write_json
 from captioner.pipeline import output
 from captioner.pipeline.output import Tally
-from captioner.runs import atomic_write_json, checkpoint_path
+from captioner.runs import checkpoint_path
 from loops import caption
 
 COMMAND = [sys.executable, "-c", "import sys; from loops.cli import main; sys.exit(main())"]

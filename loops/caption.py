@@ -23,6 +23,7 @@ from filelock import FileLock
 from captioner import laboratory, prompts
 from captioner.config import Config
 from captioner.errors import CheckpointError, ConfigError, Ended, Refused
+from captioner.files import hash_path, lock, writing
 from captioner.method.verifier import Verifier, settings_of
 from captioner.pipeline import output
 from captioner.pipeline.coordinator import Coordinator, Pool
@@ -32,7 +33,9 @@ from captioner.pipeline.output import Output
 from captioner.pipeline.prepare import cores
 from captioner.pipeline.watch import Watch
 from captioner.pipeline.worker import Settings
-from captioner.runs import Run, RunDir, checkpoint_path, ending, hash_path, lock, progress, writing
+from captioner.processes import ending
+from captioner.progress import progress
+from captioner.runs import Run, RunDir, checkpoint_path
 from captioner.sources import resolve
 from captioner.sources.folder import read_captions, write_jsonl
 from captioner.sources.source import ShardRef, open_source

@@ -107,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def rank() -> int:
     """One of the processes of ``--gpus N``; captioner.fit.distributed puts the command on stdin."""
     from captioner.config import Config
-    from captioner.runs import end_with
+    from captioner.processes import end_with
 
     end_with(os.getppid(), lambda: os._exit(1))
     job = json.load(sys.stdin)

@@ -21,13 +21,15 @@ from rich.table import Table
 
 from captioner.config import Config
 from captioner.errors import Refused
+from captioner.files import atomic_write_json
 from captioner.judges import metrics
 from captioner.judges.appoint import known_facts
 from captioner.judges.base import Said
 from captioner.judges.facts import FactsJudge
 from captioner.judges.metrics import Counts
 from captioner.lab import grid as scenes
-from captioner.runs import Run, RunDir, atomic_write_json, console
+from captioner.progress import console
+from captioner.runs import Run, RunDir
 from captioner.sources import resolve
 from captioner.sources.folder import read_folder
 from captioner.statements import split_statements

@@ -14,11 +14,13 @@ from pathlib import Path
 
 from captioner.config import Config, TrainingConfig
 from captioner.errors import RunError
+from captioner.files import hash_path, remove_dir
 from captioner.fit import distributed
 from captioner.method import pairs as pairing
 from captioner.method import rounds, verdicts
+from captioner.processes import is_main
 from captioner.records import Golden, Pair
-from captioner.runs import Run, RunDir, Shards, Stage, hash_path, input_of, is_main, remove_dir
+from captioner.runs import Run, RunDir, Shards, Stage, input_of
 from captioner.sources import resolve
 from captioner.sources.folder import read_folder
 from captioner.statements import normalise, statement_spans

@@ -25,6 +25,7 @@ from captioner import prompts
 from captioner.config import Config, SamplingConfig
 from captioner.engines import make_engine
 from captioner.errors import CheckpointError, ConfigError, DataError, Refused, RunError
+from captioner.files import atomic_write_json, hash_path
 from captioner.judges import metrics
 from captioner.judges.appoint import Pool, appoint
 from captioner.judges.base import Comparison, Said
@@ -32,19 +33,10 @@ from captioner.judges.metrics import Counts, Interval
 from captioner.judges.verifier import pooled
 from captioner.method import qa
 from captioner.pipeline import stages
+from captioner.progress import console, progress
 from captioner.records import Candidate, CaptionRow, Failed
 from captioner.report.report import cell
-from captioner.runs import (
-    Run,
-    RunDir,
-    Shards,
-    atomic_write_json,
-    checkpoint_path,
-    console,
-    hash_path,
-    input_of,
-    progress,
-)
+from captioner.runs import Run, RunDir, Shards, checkpoint_path, input_of
 from captioner.sources import questions, resolve
 from captioner.sources.folder import ImageRow, read_folder
 from loops.stages import StagePlan, opened

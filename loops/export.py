@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from captioner.config import Config
 from captioner.errors import ConfigError, RunError
-from captioner.runs import Run, RunDir, checkpoint_path, hash_path
+from captioner.files import hash_path
+from captioner.runs import Run, RunDir, checkpoint_path
 from loops.stages import StagePlan
 
 if TYPE_CHECKING:

@@ -11,13 +11,15 @@ from __future__ import annotations
 
 from captioner.config import Config
 from captioner.errors import ConfigError, RunError
+from captioner.files import remove_dir
 from captioner.fit import distributed
 from captioner.method import candidates, claims, pairs, planted, rounds, verdicts, verifier
 from captioner.method import golden as method
 from captioner.method.llm import make_tool
 from captioner.method.rounds import Plan
 from captioner.method.verdicts import Thresholds
-from captioner.runs import Run, RunDir, Stage, is_main, remove_dir
+from captioner.processes import is_main
+from captioner.runs import Run, RunDir, Stage
 from captioner.sources import resolve
 from captioner.sources.folder import read_folder
 from loops.stages import StagePlan, begin, check

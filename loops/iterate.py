@@ -17,8 +17,9 @@ from typing import Any
 
 from captioner.config import Config
 from captioner.errors import ConfigError, Refused, RunError
+from captioner.files import atomic_write_json
 from captioner.judges.gate import Decision, decide
-from captioner.runs import Run, RunDir, atomic_write_json
+from captioner.runs import Run, RunDir
 from loops import dpo, evaluate, golden, qa
 from loops.stages import StagePlan
 

@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from captioner.config import AdapterTuning, Config, QAConfig
+from captioner.files import atomic_write_json
 from captioner.fit import distributed
 from captioner.fit.rows import usable
 from captioner.judges import asking
 from captioner.method import qa as method
 from captioner.method import reask
-from captioner.runs import Run, RunDir, Stage, atomic_write_json, checkpoint_path, is_main
+from captioner.processes import is_main
+from captioner.runs import Run, RunDir, Stage, checkpoint_path
 from captioner.sources.folder import ImageRow
 from captioner.views import View, load_image
 from loops.stages import StagePlan, begin

@@ -16,12 +16,14 @@ from typing import Any, TypeVar
 from captioner import views
 from captioner.config import Config, ViewsConfig
 from captioner.errors import RunError
+from captioner.files import atomic_write_text
 from captioner.judges import facts
 from captioner.method import verdicts
+from captioner.progress import progress
 from captioner.records import Candidate, CaptionRow, Claim, Golden, Planted, Record, Unasked
 from captioner.report import report as html
 from captioner.report.report import ClaimShown, Curve, ImageShown, Report, RoundShown, Truth
-from captioner.runs import Run, RunDir, Shards, atomic_write_text, input_of, progress
+from captioner.runs import Run, RunDir, Shards, input_of
 from captioner.sources import resolve
 from captioner.sources.folder import ImageRow, read_folder
 from captioner.views import BadImage, load_image

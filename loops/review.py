@@ -17,10 +17,11 @@ from typing import Any
 
 from captioner.config import Config
 from captioner.errors import ConfigError, DataError, RunError
+from captioner.files import atomic_write_json
 from captioner.judges import checked
 from captioner.records import Claim
 from captioner.report import review as reviewing
-from captioner.runs import Run, RunDir, Shards, atomic_write_json, input_of
+from captioner.runs import Run, RunDir, Shards, input_of
 from captioner.sources import resolve
 from captioner.sources.folder import read_captions, read_folder
 from loops.stages import StagePlan

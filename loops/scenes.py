@@ -9,10 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from captioner import prompts, runs
+from captioner import files, prompts
 from captioner.config import Config
 from captioner.errors import ConfigError
 from captioner.lab import grid as drawing
+from captioner.runs import Run, RunDir
 from loops.stages import StagePlan
 
 VIEW_SIZE = 64  # px, the encoder's native resolution
@@ -25,13 +26,13 @@ POSITION_RANGE = 0.5
 Split = Literal["test", "train", "close", "sft", "qa", "round", "validation"]
 
 
-def plan(run: runs.Run, out: Path | None = None, architecture: Path | None = None) -> list[StagePlan]:
+def plan(run: Run, out: Path | None = None, architecture: Path | None = None) -> list[StagePlan]:
     """What is written."""
     return [StagePlan("", {}, outputs=[target for target in (architecture or out,) if target])]
 
 
 def scenes(
-    run: runs.RunDir,
+    run: RunDir,
     config: Config,
     *,
     out: Path | None = None,
@@ -64,7 +65,7 @@ def scenes(
         write_architecture(target, config.seed)
         print(f"untrained base model: {target}")
         return target
-    with runs.atomic_dir(target) as folder:
+    with files.atomic_dir(target) as folder:
         drawing.write(split, count, folder, offset=offset, seed=config.seed)
     print(f"{count} scenes of the {split} split: {target}")
     return target
@@ -107,7 +108,7 @@ def write_architecture(folder: Path, seed: int = 0) -> None:
         ),
         tie_word_embeddings=True,
     )
-    with runs.atomic_dir(folder) as temporary:
+    with files.atomic_dir(folder) as temporary:
         model.build_random(temporary, architecture, tokenizer, view_size=VIEW_SIZE, seed=seed)
         _spread_positions(temporary / "model.safetensors", seed)
 

@@ -20,7 +20,8 @@ from captioner import prompts
 from captioner.config import Config, SFTConfig
 from captioner.fit import distributed
 from captioner.fit.rows import usable
-from captioner.runs import Run, RunDir, Stage, checkpoint_path, is_main
+from captioner.processes import is_main
+from captioner.runs import Run, RunDir, Stage, checkpoint_path
 from captioner.sources.folder import ImageRow, read_folder
 from loops.stages import StagePlan, begin, opened
 

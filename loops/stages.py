@@ -16,8 +16,10 @@ from typing import Any
 from captioner import sources
 from captioner.config import Config
 from captioner.errors import CaptionerError, RunError
+from captioner.files import remove_dir
 from captioner.fit import distributed
-from captioner.runs import Run, RunDir, Stage, is_main, remove_dir
+from captioner.processes import is_main
+from captioner.runs import Run, RunDir, Stage
 
 # which command makes a stage of a round; `captioner` is made by a whole round
 MADE_BY = {

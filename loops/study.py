@@ -18,7 +18,8 @@ from typing import Literal, get_args
 
 from captioner.config import Config, load
 from captioner.errors import ConfigError
-from captioner.runs import Run, RunDir, atomic_write_json, atomic_write_text
+from captioner.files import atomic_write_json, atomic_write_text
+from captioner.runs import Run, RunDir
 from loops.stages import StagePlan
 
 HOME = Path(__file__).with_name("studies")

@@ -19,12 +19,13 @@ from typing import TYPE_CHECKING
 from captioner import prompts
 from captioner.config import Config
 from captioner.errors import DataError
+from captioner.files import hash_path
 from captioner.method import rounds, verdicts
 from captioner.method.claims import NOT_FINITE
 from captioner.method.rounds import Output
 from captioner.method.verifier import Verifier, settings_of, without_refuted
 from captioner.records import CaptionRow, Claim, Failed, Verdict
-from captioner.runs import Run, RunDir, Shards, hash_path
+from captioner.runs import Run, RunDir, Shards
 from captioner.sources import resolve
 from captioner.sources.folder import ImageRow, read_folder
 from loops.stages import StagePlan

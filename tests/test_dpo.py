@@ -30,12 +30,13 @@ from captioner.config import (
     ViewsConfig,
 )
 from captioner.errors import Refused, RunError
+from captioner.files import hash_path
 from captioner.fit import alarms, losses, preference, train
 from captioner.lab import grid as scenes
 from captioner.models import model, render
 from captioner.models.model import Captioner
 from captioner.records import Golden, Pair
-from captioner.runs import Run, Shards, hash_path
+from captioner.runs import Run, Shards
 from captioner.sources.folder import read_folder
 from captioner.views import load_image
 from loops import dpo as loop

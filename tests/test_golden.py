@@ -26,6 +26,7 @@ from captioner import views
 from captioner.config import Config, GoldenConfig, ViewsConfig, ViewsOverride
 from captioner.engines import YesNo
 from captioner.errors import ConfigError, DataError, Refused, RunError
+from captioner.files import hash_path
 from captioner.lab import grid as scenes
 from captioner.method import claims as ledger
 from captioner.method import golden, planted, planting, qa, reask, rounds, verdicts
@@ -34,7 +35,7 @@ from captioner.method.claims import NO_STATEMENT, NOT_FINITE, OVER_LIMIT, UNCHEC
 from captioner.method.tool import Rules
 from captioner.method.verdicts import Thresholds
 from captioner.records import Candidate, Claim, Failed, Golden, Pair, Planted, Unasked, Verdict
-from captioner.runs import Run, Shards, hash_path
+from captioner.runs import Run, Shards
 from captioner.statements import is_one_statement, normalise, split_statements
 from loops import golden as loop
 
@@ -591,7 +592,6 @@ def test_the_rows_of_an_image_do_not_depend_on_its_shard(ready: Path, finished: 
 KILLED = """
     import os, signal, sys
     from pathlib import Path
-    from captioner import runs
     from loops import golden
     from tests.test_golden import config_of
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from captioner import prompts, runs
+from captioner import files, prompts
 from captioner.config import Config, ViewsConfig
 from captioner.engines import CaptionRequest
 from captioner.errors import ConfigError, DataError, Refused, RunError
@@ -299,7 +299,7 @@ def test_a_real_model_is_evaluated(tmp_path: Path) -> None:
     assert summary["captioners"][0]["captions"] != summary["captioners"][1]["captions"]  # another prompt
     assert [len(rows) for rows in counts] == [3, 3]
     assert all(0 < row["tokens"] <= 6 for rows in counts for row in rows)
-    runs.atomic_write_json(run.path / "evaluation.json", summary)  # finite, or null
+    files.atomic_write_json(run.path / "evaluation.json", summary)  # finite, or null
 
 
 def test_evaluate_plan_touches_nothing(run: Run) -> None:

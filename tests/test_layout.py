@@ -14,7 +14,18 @@ from loops.cli import COMMANDS
 
 REPO = Path(__file__).resolve().parent.parent
 LEVELS = (
-    {"errors", "config", "records", "prompts", "statements", "runs", "laboratory"},
+    {
+        "errors",
+        "config",
+        "files",
+        "processes",
+        "progress",
+        "records",
+        "prompts",
+        "statements",
+        "runs",
+        "laboratory",
+    },
     {"views", "sources", "layouts"},
     {"models"},
     {"engines"},

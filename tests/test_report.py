@@ -15,11 +15,12 @@ from skimage import data
 
 from captioner.config import Config
 from captioner.errors import DataError, RunError
+from captioner.files import atomic_write_json
 from captioner.judges import metrics
 from captioner.records import Candidate, CaptionRow, Claim, Golden, Verdict
 from captioner.report import report
 from captioner.report.report import ClaimShown, Curve, ImageShown, Report, RoundShown
-from captioner.runs import Run, Shards, atomic_write_json
+from captioner.runs import Run, Shards
 from loops.report import collect
 from loops.report import report as write_report
 from tests import browser

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from captioner import runs
+from captioner import progress, runs
 from captioner.config import Config, load
 from captioner.errors import DataError, Refused, RunError
+from captioner.files import atomic_dir, atomic_write_json, hash_path, row_seed
 from captioner.records import Candidate, Claim, Golden, Pair, read_parquet, write_parquet
-from captioner.runs import Run, Shards, atomic_dir, atomic_write_json, hash_path, row_seed
+from captioner.runs import Run, Shards
 
 REPO = Path(__file__).resolve().parent.parent
 ROWS = 3  # per shard
@@ -312,7 +313,7 @@ def test_gap_between_shards_is_an_error(tmp_path: Path) -> None:
 
 
 def test_progress_is_silent_without_a_terminal(capfd: pytest.CaptureFixture[str]) -> None:
-    with runs.progress("rows", 10) as bar:
+    with progress.progress("rows", 10) as bar:
         bar.advance(3)
     assert capfd.readouterr() == ("", "")
 
@@ -323,7 +324,7 @@ def test_progress_shows_rate_on_a_terminal(
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "120")
-    with runs.progress("rows", 10) as bar:
+    with progress.progress("rows", 10) as bar:
         bar.advance(4)
     shown = capfd.readouterr().err
     assert "rows" in shown and "4/10" in shown and "/s" in shown

@@ -24,10 +24,10 @@ from captioner.config import EngineConfig, SamplingConfig, ViewsConfig, ViewsOve
 from captioner.engines.base import CaptionRequest, QuestionBatch, YesNo
 from captioner.engines.vocabulary import Vocabulary
 from captioner.errors import DataError
+from captioner.files import row_seed
 from captioner.models.model import Captioner
 from captioner.models.render import Renderer
 from captioner.records import Candidate
-from captioner.runs import row_seed
 
 T = TypeVar("T")
 COMPACT_BELOW = 0.75  # share of unfinished rows below which the finished ones leave the cache

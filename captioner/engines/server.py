@@ -23,10 +23,10 @@ from captioner.engines.base import NO_ANSWER, CaptionRequest, QuestionBatch, Yes
 from captioner.engines.servers import Rejected, Server, Servers, Unanswered, choice_of
 from captioner.engines.vocabulary import Vocabulary
 from captioner.errors import EngineError, printable
+from captioner.files import hash_path, row_seed
 from captioner.models.model import Captioner
 from captioner.models.render import Renderer
 from captioner.records import Candidate
-from captioner.runs import hash_path, row_seed
 
 NAME_LENGTH = 16  # digits of a checkpoint's hash that name it on a server
 BIAS = -100.0  # the strongest that the protocol allows; the logits of a model lie far inside

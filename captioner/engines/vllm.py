@@ -20,10 +20,10 @@ from captioner.config import EngineConfig, SamplingConfig, ViewsConfig, ViewsOve
 from captioner.engines.base import CaptionRequest, QuestionBatch, YesNo
 from captioner.engines.vocabulary import Vocabulary
 from captioner.errors import CheckpointError, ConfigError, EngineError
+from captioner.files import row_seed
 from captioner.models.model import Captioner
 from captioner.models.render import Renderer
 from captioner.records import Candidate
-from captioner.runs import row_seed
 
 T = TypeVar("T")
 Prompt = tuple[dict[str, Any], list[int]]  # for vLLM, and the ids that it must make of it

@@ -25,10 +25,11 @@ from captioner.config import AlarmsConfig, EngineConfig, SamplingConfig
 from captioner.engines import CaptionRequest
 from captioner.engines.hf import HFEngine
 from captioner.errors import Refused
+from captioner.files import atomic_write_json
 from captioner.fit import distributed, losses
 from captioner.models.model import Captioner
 from captioner.models.render import Renderer, TrainRow, collate
-from captioner.runs import atomic_write_json, is_main
+from captioner.processes import is_main
 from captioner.statements import comparable_statements, repeats
 from captioner.views import load_image
 

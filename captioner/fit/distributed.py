@@ -21,7 +21,8 @@ from typing import IO, Any, TypeVar, cast
 
 from captioner.config import Config
 from captioner.errors import CaptionerError, ConfigError, CrashedError, Refused, RunError
-from captioner.runs import Run, RunDir, is_main, rank, world_size
+from captioner.processes import is_main, rank, world_size
+from captioner.runs import Run, RunDir
 
 T = TypeVar("T")
 POLL_S = 0.1

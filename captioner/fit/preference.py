@@ -26,13 +26,16 @@ from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 from captioner import config
 from captioner.config import TrainingConfig
 from captioner.errors import Refused, RunError
+from captioner.files import atomic_write_json
 from captioner.fit import alarms, distributed, losses, train
 from captioner.fit.train import Collator, Target, TrainingImages
 from captioner.models import adapters
 from captioner.models.model import Captioner
 from captioner.models.render import Renderer, TrainRow
+from captioner.processes import is_main, world_size
+from captioner.progress import progress
 from captioner.records import Pair
-from captioner.runs import Shards, atomic_write_json, is_main, progress, world_size
+from captioner.runs import Shards
 
 Verdicts = Mapping[str, Mapping[str, str]]  # key of an image -> normalised statement -> verdict
 PER_TOKEN = ("log_probs", "entropy", "mean_logits", "is_top1")  # what TRL's fused head gives, each [U, L - 1]

@@ -10,9 +10,12 @@ from pathlib import Path
 
 from captioner.config import Config
 from captioner.errors import Refused
+from captioner.files import remove_dir
 from captioner.fit import distributed
+from captioner.processes import is_main
+from captioner.progress import progress
 from captioner.records import Failed
-from captioner.runs import Shards, is_main, progress, remove_dir
+from captioner.runs import Shards
 from captioner.sources.folder import ImageRow, caption_tables, load_row
 from captioner.views import BadImage
 

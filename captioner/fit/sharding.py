@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from captioner.runs import is_main, world_size
+from captioner.processes import is_main, world_size
 
 if TYPE_CHECKING:
     from captioner.models.model import Captioner

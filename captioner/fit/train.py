@@ -37,11 +37,13 @@ from trl.trainer.utils import add_fused_lm_head
 from captioner import prompts
 from captioner.config import FullTuning, SoftPromptConfig, TrainingConfig, Tuning
 from captioner.errors import CaptionerError, ConfigError, DataError, RunError
+from captioner.files import atomic_write_text, row_seed
 from captioner.fit import distributed, sharding
 from captioner.models import adapters, soft_prompt
 from captioner.models.model import Captioner, describe_trainable
 from captioner.models.render import IGNORED, Renderer, TrainRow, collate
-from captioner.runs import atomic_write_text, is_main, progress, rank, row_seed, world_size
+from captioner.processes import is_main, rank, world_size
+from captioner.progress import progress
 from captioner.views import BadImage, load_image
 
 ADAPTER = "captioner"  # name of the one adapter that a captioner carries

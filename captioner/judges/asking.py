@@ -12,11 +12,13 @@ from captioner import laboratory, prompts
 from captioner.config import Config
 from captioner.engines import QuestionBatch, YesNo, make_engine
 from captioner.errors import ConfigError, RunError
+from captioner.files import hash_path
 from captioner.judges.verifier import Asked
 from captioner.method import qa
 from captioner.method.tool import Rules
+from captioner.progress import progress
 from captioner.records import Claim
-from captioner.runs import Run, Shards, hash_path, progress
+from captioner.runs import Run, Shards
 from captioner.sources.folder import ImageRow, load_row
 from captioner.views import BadImage
 

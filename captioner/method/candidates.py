@@ -10,8 +10,9 @@ from captioner import prompts
 from captioner.config import Config
 from captioner.method import rounds
 from captioner.method.rounds import Output, Plan
+from captioner.processes import is_main
 from captioner.records import Candidate, Failed
-from captioner.runs import Run, Shards, Stage, is_main
+from captioner.runs import Run, Shards, Stage
 from captioner.sources.folder import ImageRow
 from captioner.statements import comparable_statements, repeats
 

@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, Any
 from captioner import prompts
 from captioner.config import Config
 from captioner.engines import YesNo
+from captioner.files import hash_path
 from captioner.fit import distributed
 from captioner.method import candidates, qa, reask, rounds
 from captioner.method.rounds import CHANGED, Output, Plan
 from captioner.method.tool import Statement, Tool, ToolFailed
+from captioner.processes import is_main
 from captioner.records import Candidate, Claim, Failed, Unasked
-from captioner.runs import Run, Shards, Stage, hash_path, is_main
+from captioner.runs import Run, Shards, Stage
 from captioner.sources.folder import ImageRow
 from captioner.statements import split_statements
 from captioner.views import View

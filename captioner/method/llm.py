@@ -21,7 +21,7 @@ from captioner import prompts
 from captioner.config import ToolConfig
 from captioner.engines import NoAnswer, TextRequest
 from captioner.method.tool import Question, Rules, Statement, Tool, ToolFailed
-from captioner.runs import progress
+from captioner.progress import progress
 from captioner.statements import comparable_statements, normalise, repeats, visible
 
 

@@ -17,12 +17,14 @@ from typing import TYPE_CHECKING, Any
 from captioner import laboratory, prompts, sources
 from captioner.config import Config, GoldenConfig
 from captioner.errors import Refused, RunError
+from captioner.files import atomic_write_json, row_seed
 from captioner.fit import distributed
 from captioner.method import candidates, claims, kinds, planting, qa, rounds
 from captioner.method.rounds import Output, Plan
 from captioner.method.tool import Rules
+from captioner.processes import is_main
 from captioner.records import Candidate, Failed, Planted
-from captioner.runs import Run, Stage, atomic_write_json, is_main, row_seed
+from captioner.runs import Run, Stage
 from captioner.sources import questions
 from captioner.sources.folder import ImageRow, read_folder
 

@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from captioner.files import row_seed
 from captioner.laboratory import Laboratory
 from captioner.method import kinds, qa
-from captioner.runs import row_seed
 from captioner.sources.folder import ImageRow
 from captioner.statements import normalise, split_statements, visible
 

@@ -21,7 +21,8 @@ from scipy.special import expit, log_expit, logit
 
 from captioner import prompts
 from captioner.errors import DataError, RunError
-from captioner.runs import console, progress, row_seed
+from captioner.files import row_seed
+from captioner.progress import console, progress
 from captioner.views import load_image
 
 if TYPE_CHECKING:

@@ -11,9 +11,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from captioner.engines import NoAnswer
 from captioner.errors import DataError
+from captioner.files import atomic_dir
 from captioner.method.tool import Tool
 from captioner.records import Failed
-from captioner.runs import Shards, atomic_dir
+from captioner.runs import Shards
 from captioner.sources.captions import read_text
 from captioner.sources.folder import json_line, link_image, read_folder
 from captioner.statements import split_statements, visible

@@ -16,8 +16,9 @@ from captioner.config import Config
 from captioner.engines import make_engine
 from captioner.errors import Refused, RunError
 from captioner.fit import distributed
+from captioner.progress import progress
 from captioner.records import Candidate, Claim, Failed, RecordT
-from captioner.runs import Run, Shards, Stage, progress
+from captioner.runs import Run, Shards, Stage
 from captioner.sources.folder import ImageRow, load_row
 from captioner.sources.gather import part_of_round
 from captioner.views import BadImage

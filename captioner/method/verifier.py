@@ -17,11 +17,12 @@ from scipy.special import expit
 
 from captioner.engines import YesNo
 from captioner.errors import RunError
+from captioner.files import atomic_write_json, hash_path
 from captioner.method import qa, verdicts
 from captioner.method.tool import Rules
 from captioner.method.verdicts import Thresholds
 from captioner.records import Claim, Planted
-from captioner.runs import Run, Shards, atomic_write_json, hash_path
+from captioner.runs import Run, Shards
 from captioner.statements import normalise, split_statements, without
 
 FOLDER, FILE = "verifier", "verifier.json"

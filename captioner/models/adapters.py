@@ -30,10 +30,10 @@ from torch import Tensor, nn
 
 from captioner.config import AdapterTuning, LoraTuning, ModelConfig, Part, PartsTuning
 from captioner.errors import CheckpointError, ConfigError
+from captioner.files import atomic_write_json
 from captioner.models import checkpoint, library_adapters, model, soft_prompt
 from captioner.models.families import Mlp
 from captioner.models.model import Captioner, SoftEmbedding
-from captioner.runs import atomic_write_json
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter.safetensors"
 LIBRARY_KINDS = ("pfeiffer", "houlsby")

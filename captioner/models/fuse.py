@@ -23,12 +23,12 @@ from transformers import AutoModelForImageTextToText, GenerationConfig, Pretrain
 
 from captioner.config import ModelConfig
 from captioner.errors import CheckpointError, Refused
+from captioner.files import atomic_dir
 from captioner.models import adapters, model, stock
 from captioner.models.adapters import Delta
 from captioner.models.families import Family, Mlp
 from captioner.models.model import Captioner, SoftEmbedding
 from captioner.models.render import Prompt
-from captioner.runs import atomic_dir
 
 # of the largest logit: what the order of summation may change in each number format
 TOLERANCE = {"float64": 1e-10, "float32": 1e-4, "bfloat16": 0.05, "float16": 0.01}

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from captioner.runs import atomic_write_text
+from captioner.files import atomic_write_text
 
 EXPIRE = 120.0  # seconds without a beat after which a holder counts as dead
 BEAT = 10.0  # seconds between two beats

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from captioner.pipeline.worker import Executor, Settings, ahead, work
-from captioner.runs import end_with
+from captioner.processes import end_with
 
 T = TypeVar("T")
 DEVICES = "CUDA_VISIBLE_DEVICES"

@@ -20,8 +20,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from captioner.errors import DataError, RunError
+from captioner.files import atomic_write_json, atomic_write_text, remove_dir, writing
 from captioner.records import CaptionRow, read_parquet
-from captioner.runs import Shards, atomic_write_json, atomic_write_text, remove_dir, writing
+from captioner.runs import Shards
 from captioner.sources.folder import (
     caption_shards,
     leads_out,

@@ -19,8 +19,8 @@ from captioner.config import Config, SamplingConfig
 from captioner.engines import CaptionRequest, Engine, QuestionBatch, YesNo
 from captioner.pipeline.local import executor
 from captioner.pipeline.prepare import Preparation, cores
+from captioner.processes import world_size
 from captioner.records import Candidate, Failed
-from captioner.runs import world_size
 from captioner.sources.folder import EXTRA_SUFFIXES
 from captioner.views import BadImage, Cut
 

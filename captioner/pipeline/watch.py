@@ -15,9 +15,10 @@ from typing import Any
 
 from captioner.config import CaptionConfig, TripwireConfig
 from captioner.errors import Refused
+from captioner.files import atomic_write_json, atomic_write_text
 from captioner.pipeline.output import STATUS, Output
+from captioner.progress import Progress
 from captioner.records import CaptionRow
-from captioner.runs import Progress, atomic_write_json, atomic_write_text
 from captioner.statements import loops
 
 LEAST = 100  # rows: fewer at the end of a job are not judged

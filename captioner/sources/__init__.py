@@ -8,7 +8,8 @@ from pathlib import Path
 
 from captioner import laboratory
 from captioner.errors import DataError
-from captioner.runs import Run, atomic_dir
+from captioner.files import atomic_dir
+from captioner.runs import Run
 from captioner.sources import gather, questions
 
 

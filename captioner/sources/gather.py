@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from urllib.parse import parse_qsl
 
 from captioner.errors import DataError
-from captioner.runs import atomic_dir
+from captioner.files import atomic_dir
 from captioner.sources.captions import TABLES, is_caption_table
 from captioner.sources.folder import (
     FAILED,

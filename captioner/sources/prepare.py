@@ -12,8 +12,8 @@ from typing import Literal
 
 from PIL import Image, ImageCms
 
+from captioner.progress import progress
 from captioner.records import Failed
-from captioner.runs import progress
 from captioner.sources.folder import ImageRow, load_row, one_line, sidecar_path
 from captioner.views import FORMATS, BadImage, read_bytes
 

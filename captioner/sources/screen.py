@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from captioner.runs import progress
+from captioner.progress import progress
 from captioner.sources.folder import ImageRow, load_row
 from captioner.views import BadImage
 

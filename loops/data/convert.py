@@ -11,8 +11,9 @@ from typing import Literal, get_args
 from captioner import laboratory
 from captioner.config import Config
 from captioner.errors import ConfigError, DataError
+from captioner.files import atomic_dir
 from captioner.records import CaptionRow
-from captioner.runs import RunDir, atomic_dir
+from captioner.runs import RunDir
 from captioner.sources import resolve
 from captioner.sources.folder import read_captions, write_jsonl, write_sidecar
 from loops.data.edge import check_free, plan, report

@@ -8,8 +8,9 @@ from typing import Any
 
 from captioner.config import Config
 from captioner.errors import DataError
+from captioner.files import atomic_dir
 from captioner.records import CaptionRow, read_parquet
-from captioner.runs import RunDir, Shards, atomic_dir
+from captioner.runs import RunDir, Shards
 from captioner.sources.folder import caption_shards, json_line, link_image, read_captions, read_folder
 from captioner.sources.screen import Rules, Screened, screen
 from loops.data.edge import check_free, folder_of, plan

@@ -14,8 +14,9 @@ from typing import Any
 
 from captioner.config import Config
 from captioner.errors import ConfigError, DataError
+from captioner.files import atomic_dir, atomic_write_json
 from captioner.records import Failed
-from captioner.runs import Run, RunDir, Shards, atomic_dir, atomic_write_json
+from captioner.runs import Run, RunDir, Shards
 from captioner.sources.folder import json_line, link_image, read_folder
 from loops.data.edge import check_free, folder_of, plan, report
 

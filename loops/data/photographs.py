@@ -8,8 +8,9 @@ from typing import Literal
 
 from captioner.config import Config
 from captioner.errors import DataError, Refused
+from captioner.files import atomic_dir
 from captioner.records import Failed
-from captioner.runs import RunDir, Shards, atomic_dir
+from captioner.runs import RunDir, Shards
 from captioner.sources.captions import finder
 from captioner.sources.folder import json_line, link_image, read_folder
 from loops.data.edge import check_free, folder_of, plan, report

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from captioner.config import Config
-from captioner.runs import RunDir, progress
+from captioner.progress import progress
+from captioner.runs import RunDir
 from captioner.sources.folder import caption_shards, read_captions, read_folder
 from captioner.sources.source import Item, open_source, read_shard
 from captioner.statements import split_statements

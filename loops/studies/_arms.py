@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from captioner.config import Config, SamplingConfig
+from captioner.files import atomic_write_json
 from captioner.judges import facts, metrics
 from captioner.judges.metrics import Counts
 from captioner.records import CaptionRow
-from captioner.runs import Run, Shards, atomic_write_json
+from captioner.runs import Run, Shards
 from captioner.sources import resolve
 from captioner.sources.folder import ImageRow, read_folder
 from captioner.statements import loops

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from captioner.config import Config
+from captioner.files import remove_dir
 from captioner.fit import alarms
 from captioner.records import Golden, Pair
-from captioner.runs import Run, Shards, input_of, remove_dir
+from captioner.runs import Run, Shards, input_of
 from captioner.sources.folder import read_folder
 from loops import dpo, golden, qa, sft
 from loops.studies._arms import Metrics, remembered, scores

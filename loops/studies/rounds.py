@@ -21,9 +21,10 @@ from typing import Any
 
 from captioner.config import Config
 from captioner.errors import Refused
+from captioner.files import atomic_write_json
 from captioner.judges import facts, metrics
 from captioner.records import Candidate, Golden
-from captioner.runs import Run, Shards, atomic_write_json, input_of
+from captioner.runs import Run, Shards, input_of
 from captioner.sources.folder import read_folder
 from loops import golden, iterate, qa, sft
 from loops.studies._arms import Metrics, scores

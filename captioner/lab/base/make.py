@@ -16,11 +16,11 @@ import torch
 from safetensors.torch import load_model, save_model
 
 from captioner.config import ViewsConfig
+from captioner.files import atomic_dir
 from captioner.lab.base import architecture, dense, language, own
 from captioner.lab.base.pool import draw_pool
 from captioner.models import model
 from captioner.models.render import Renderer
-from captioner.runs import atomic_dir
 
 SEED = 0
 TEST_SEED = 1  # of the scenes that progress is measured on; acceptance has its own
