@@ -5,36 +5,38 @@ One resolved :class:`Config` serves all commands. Precedence: defaults < the run
 """
 
 from captioner.config.load import RENAMED, SYNONYMS, fields, load, load_json, nearest, shown, values
+from captioner.config.models import (
+    AdapterTuning,
+    FullTuning,
+    LoraTuning,
+    ModelConfig,
+    Part,
+    PartsTuning,
+    SoftPromptConfig,
+    TrainingConfig,
+    Tuning,
+    ViewsConfig,
+    ViewsOverride,
+)
 from captioner.config.sections import (
     MARGIN_LOSSES,
-    AdapterTuning,
     AlarmsConfig,
     CaptionConfig,
     Config,
     DPOConfig,
     EngineConfig,
     EvaluateConfig,
-    FullTuning,
     GateConfig,
     GoldenConfig,
     JudgeConfig,
-    LoraTuning,
     Loss,
-    ModelConfig,
     PairsConfig,
-    Part,
-    PartsTuning,
     QAConfig,
     SamplingConfig,
     ServerConfig,
     SFTConfig,
-    SoftPromptConfig,
     ToolConfig,
-    TrainingConfig,
     TripwireConfig,
-    Tuning,
-    ViewsConfig,
-    ViewsOverride,
 )
 
 __all__ = [

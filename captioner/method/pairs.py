@@ -85,13 +85,7 @@ def lint(
     ``token_ids`` gives a caption's ids without the end token. Raises Refused for a pair of a held-out image,
     too many dropped pairs, and sides of too different length.
     """
-    leaked = sorted({f"{pair.key} = {held_out[pair.sample]}" for pair in pairs if pair.sample in held_out})
-    if leaked:
-        raise Refused(
-            f"{len(leaked)} images of the pairs are evaluation images",
-            where=", ".join(leaked[:3]),
-            fix="take other golden.images, or another gate.data or evaluate.data",
-        )
+    _refuse_leaks(pairs, held_out)
     dropped = dict.fromkeys(("repeated", "identical", "too long", "unended", "too few refuted"), 0)
     kept: list[Pair] = []
     sizes: list[tuple[int, int]] = []
@@ -133,6 +127,16 @@ def lint(
     means = {"chosen tokens": chosen, "rejected tokens": rejected}
     refuted = {"refuted in rejected": fmean(pair.refuted_in_rejected for pair in kept)}
     return kept, {"kept": len(kept), **dropped, **means, **refuted}
+
+
+def _refuse_leaks(pairs: Sequence[Pair], held_out: Mapping[str, str]) -> None:
+    leaked = sorted({f"{pair.key} = {held_out[pair.sample]}" for pair in pairs if pair.sample in held_out})
+    if leaked:
+        raise Refused(
+            f"{len(leaked)} images of the pairs are evaluation images",
+            where=", ".join(leaked[:3]),
+            fix="take other golden.images, or another gate.data or evaluate.data",
+        )
 
 
 def _similarity(one: Sequence[int], other: Sequence[int]) -> float:

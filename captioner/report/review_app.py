@@ -100,13 +100,6 @@ def _app(
         item = None if index is None else shown(index)
         return JSONResponse({"item": item, "done": done, "total": len(items), **progress()})
 
-    def page(request: Request) -> HTMLResponse:
-        nonce = secrets.token_urlsafe(16)
-        policy = f"default-src 'self'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'"
-        html = _TEMPLATES.get_template("review.html").render(mode=mode, nonce=nonce)
-        headers = {"Content-Security-Policy": policy, "Referrer-Policy": "no-referrer"}
-        return HTMLResponse(html, headers=headers)
-
     def following(request: Request) -> JSONResponse:
         return state()
 
@@ -135,7 +128,7 @@ def _app(
             return Response(f"The image cannot be shown: {error.reason}", status_code=404)
 
     routes = [
-        Route("/", page),
+        Route("/", lambda request: _page(mode)),
         Route("/next", following),
         Route("/answer", answer, methods=["POST"]),
         Route("/undo", undo, methods=["POST"]),
@@ -143,6 +136,14 @@ def _app(
     ]
     hosts = Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])
     return Starlette(routes=[Mount(f"/{token}", routes=routes)], middleware=[hosts])
+
+
+def _page(mode: str) -> HTMLResponse:
+    nonce = secrets.token_urlsafe(16)
+    policy = f"default-src 'self'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'"
+    html = _TEMPLATES.get_template("review.html").render(mode=mode, nonce=nonce)
+    headers = {"Content-Security-Policy": policy, "Referrer-Policy": "no-referrer"}
+    return HTMLResponse(html, headers=headers)
 
 
 def _jpeg(path: Path) -> bytes:
