@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -21,7 +22,7 @@ from pydantic import BaseModel
 
 from captioner import __version__
 from captioner.config import Config, load_json
-from captioner.errors import DataError, RunError, masked
+from captioner.errors import CheckpointError, DataError, RunError, masked
 from captioner.files import (
     Lock,
     atomic_file,
@@ -37,6 +38,7 @@ from captioner.files import (
 from captioner.processes import is_main
 from captioner.records import RecordT, read_parquet, write_parquet
 
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _PACKAGES = ("torch", "transformers", "adapters", "trl", "peft", "datasets", "pyarrow", "pydantic", "vllm")
 
 
@@ -46,12 +48,33 @@ def config_hash(config: Config) -> str:
 
 
 def checkpoint_path(path: str) -> Path:
-    """The directory of a checkpoint; ``scenes-base`` is the one shipped with the repository or the wheel."""
+    """The directory of a checkpoint; ``scenes-base`` is the one shipped with the repository or the wheel.
+
+    ``OWNER/NAME`` that is no directory is looked for in the hub's cache. Nothing is downloaded: raises
+    CheckpointError, which names the command that fetches it, where it is not there.
+    """
     if path != "scenes-base":
-        return Path(path)
+        return Path(path) if Path(path).exists() or not HUB_ID.fullmatch(path) else _from_hub(path)
     package = Path(__file__).resolve().parent
     places = (package.parent / "data" / "scenes" / "base", package / "_scenes_base")
     return next((place for place in places if place.is_dir()), places[0])
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(name, "config.json")
+    except HFValidationError:
+        return Path(name)
+    if not isinstance(found, str):
+        raise CheckpointError(
+            "no such directory, and no such model in the hub's cache",
+            where=name,
+            fix=f"check the path, or fetch the model: hf download {name}",
+        )
+    return Path(found).parent
 
 
 class Shards(Generic[RecordT]):

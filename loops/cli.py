@@ -78,6 +78,7 @@ COMMANDS: dict[str, Command] = {
         "loops.data.make:reformulate", "Turn prose captions into shorthand", ("tool",)
     ),
     "data questions": Command("loops.data.make:questions", "Make a balanced yes/no set from captions"),
+    "init": Command("loops.init:init", "Write settings for a model and a machine to start from"),
     "scenes": Command("loops.scenes:scenes", "Draw procedural scenes as an image folder"),
     "study": Command("loops.study:study", "Measure a claim of the method on scenes, over several seeds"),
     "demo": Command(
@@ -308,7 +309,7 @@ def _split_fields(words: list[str]) -> tuple[list[str], Path | None, dict[str, s
             if text is None:
                 raise ConfigError(f"{flag} needs a value", where="the end of the command line")
             overrides[field] = text
-        elif word.endswith(".toml") and not word.startswith("-"):
+        elif word.endswith(".toml") and not word.startswith("-") and rest[-1:] != ["--out"]:
             if toml is not None:
                 raise ConfigError("two config files", where=f"{toml} and {word}", fix="name one")
             toml = Path(word)

@@ -21,7 +21,7 @@ from captioner.files import atomic_write_json
 from captioner.judges.gate import Decision, decide
 from captioner.runs import Run, RunDir
 from loops import dpo, evaluate, golden, qa
-from loops.stages import StagePlan
+from loops.stages import StagePlan, check_named
 
 STEPS: tuple[Callable[..., object], ...] = (qa.qa, golden.golden, dpo.dpo)
 
@@ -64,6 +64,9 @@ def iterate(
     """
     numbers = _numbers(rounds) if rounds else [round]
     run = Run.open(run, config, create=False)
+    data = (config.qa.data, config.golden.images, config.gate.data, config.evaluate.data)
+    for source in data:  # before hours of training
+        check_named(config, source)
     promoted: list[int] = []
     for number in numbers:
         try:

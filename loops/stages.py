@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from captioner import sources
-from captioner.config import Config
-from captioner.errors import CaptionerError, RunError
+from captioner.config import Config, defaulted
+from captioner.errors import CaptionerError, ConfigError, RunError
 from captioner.files import remove_dir
 from captioner.fit import distributed
 from captioner.processes import is_main
@@ -81,9 +81,21 @@ def begin(run: Run, plan: StagePlan, redo: bool = False) -> Stage:
 def check(run: Run, plan: StagePlan, made_before: Sequence[Path] = ()) -> None:
     """Raise RunError for the first input that neither exists nor lies in ``made_before``."""
     for name, at in plan.inputs.items():
+        if isinstance(at, str):
+            check_named(run.config, at)
         if not exists(run, at) and not _within(at, made_before):
             user = f"stage {plan.name}" if plan.name else "the command"
             raise RunError(f"{user} needs {name}, which does not exist", where=str(at), fix=_fix(run, at))
+
+
+def check_named(config: Config, source: str) -> None:
+    """Raise ConfigError for default scenes where the model is not their base and needs data of its own."""
+    if field := defaulted(config, source):
+        raise ConfigError(
+            f"{field} is not set: its default, {source}, is for the shipped base only",
+            where=f"model.path = {config.model.path}",
+            fix=f"set {field} to your data (docs/formats.md), or to other scenes if you mean them",
+        )
 
 
 def exists(run: Run, at: Path | str) -> bool:

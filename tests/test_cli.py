@@ -28,6 +28,7 @@ NEEDED = {  # words without which a command does not start
     "data check": ["images"],
     "data boxes": ["images", "--images", "images", "--out", "o"],
     "export": ["--out", "exported"],
+    "init": ["--model", "scenes-base"],
     "scenes": ["--out", "drawn"],
     "serve": ["scenes-base"],
     "study": ["all"],

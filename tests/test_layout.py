@@ -18,6 +18,7 @@ LEVELS = (
         "errors",
         "config",
         "files",
+        "presets",
         "processes",
         "progress",
         "records",

@@ -24,6 +24,7 @@ from captioner.config import (
 from captioner.errors import CheckpointError, ConfigError, Refused
 from captioner.fit import train
 from captioner.models import adapters, fuse, model, soft_prompt
+from captioner.models.card import model_card
 from captioner.models.model import Captioner, describe_trainable
 from captioner.models.render import Prompt, Renderer
 from loops.studies import _arms
@@ -202,7 +203,7 @@ def test_merged_weight_that_does_not_fit_or_is_not_finite(
 def test_model_card_keeps_paths_and_tables_to_itself() -> None:
     captioner = tuned(TUNINGS["soft prompt"])
     card = {"Training": {"sft": {"data": ["/home/me/images", "scenes:sft:4"], "note": "a|b\nc"}}}
-    text = fuse.model_card(captioner, card | {"Metrics": {"loss": 0.123456}}, None)
+    text = model_card(captioner, card | {"Metrics": {"loss": 0.123456}})
     assert "| sft.data | images, scenes:sft:4 |" in text and "/home" not in text
     assert "| sft.note | a\\|b c |" in text and "| loss | 0.1235 |" in text
     assert "<|soft_0|><|soft_1|><|soft_2|>" in text

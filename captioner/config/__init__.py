@@ -4,7 +4,18 @@ One resolved :class:`Config` serves all commands. Precedence: defaults < the run
 < TOML file < ``--section.field value`` on the command line.
 """
 
-from captioner.config.load import RENAMED, SYNONYMS, fields, load, load_json, nearest, shown, values
+from captioner.config.load import (
+    DATA_FIELDS,
+    RENAMED,
+    SYNONYMS,
+    defaulted,
+    fields,
+    load,
+    load_json,
+    nearest,
+    shown,
+    values,
+)
 from captioner.config.models import (
     AdapterTuning,
     FullTuning,
@@ -40,6 +51,7 @@ from captioner.config.sections import (
 )
 
 __all__ = [
+    "DATA_FIELDS",
     "MARGIN_LOSSES",
     "RENAMED",
     "SYNONYMS",
@@ -71,6 +83,7 @@ __all__ = [
     "Tuning",
     "ViewsConfig",
     "ViewsOverride",
+    "defaulted",
     "fields",
     "load",
     "load_json",

@@ -82,6 +82,25 @@ def values(section: BaseModel, prefix: str = "") -> Iterator[tuple[str, object]]
             yield prefix + name, value
 
 
+DATA_FIELDS = ("sft.data", "sft.validation", "qa.data", "golden.images", "evaluate.data", "gate.data")
+
+
+def defaulted(config: Config, source: str) -> str | None:
+    """The data field that still names the default scenes ``source`` although the model is not their base.
+
+    Scenes teach and measure the shipped base; for another model they would be a silent mistake.
+    """
+    if config.model.path == Config().model.path:
+        return None
+    before, now = dict(values(Config())), dict(values(config))
+    for name in DATA_FIELDS:
+        default = before[name]
+        sources = default if isinstance(default, tuple) else (default,)
+        if now[name] == default and source in sources:
+            return name
+    return None
+
+
 def shown(value: object) -> str:
     """A field's value as it is typed on the command line."""
     if isinstance(value, tuple):

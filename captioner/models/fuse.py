@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -26,6 +26,7 @@ from captioner.errors import CheckpointError, Refused
 from captioner.files import atomic_dir
 from captioner.models import adapters, model, stock
 from captioner.models.adapters import Delta
+from captioner.models.card import chat_template, model_card
 from captioner.models.families import Family, Mlp
 from captioner.models.model import Captioner, SoftEmbedding
 from captioner.models.render import Prompt
@@ -47,6 +48,13 @@ class Difference:
     def relative(self) -> float:
         return self.largest / self.scale
 
+    def __str__(self) -> str:
+        return (
+            f"Against the captioner it was made from, on {self.prompts} prompts: logits differ by at most\n"
+            f"{self.largest:.3g} (of {self.scale:.3g}); the likeliest token is the same at "
+            f"{self.same_tokens:.2%} of the positions."
+        )
+
 
 def export(
     captioner: Captioner,
@@ -60,7 +68,8 @@ def export(
     """Write a checkpoint that transformers' auto classes load without this package.
 
     ``adapter`` names what is fused (None: there is nothing to fuse). ``card`` goes into README.md. The soft
-    prompt becomes ordinary special tokens, which generation_config.json suppresses. Number formats stay.
+    prompt becomes ordinary special tokens: generation_config.json suppresses them, and the chat template
+    renders them where a user shows images alone. Number formats stay.
     Inner widths of the feed-forward blocks are padded with zeros to a ``multiple``. With ``prompts`` the
     logits of what was written are compared with the captioner's before it is published. ``out_dir`` is there
     whole or, after a failure, as it was.
@@ -86,9 +95,9 @@ def export(
     written.generation_config = _generation_config(captioner)
     with atomic_dir(out_dir) as folder:
         stock.write_model(folder, written, captioner=own)
-        stock.write_processor(folder, captioner.processor)
+        stock.write_processor(folder, captioner.processor, chat_template(captioner))
         difference = compare(captioner, folder, prompts) if prompts else None
-        text = model_card(captioner, card or {}, difference)
+        text = model_card(captioner, card or {}, str(difference or ""))
         (folder / "README.md").write_text(text, encoding="utf-8")
     return difference
 
@@ -272,50 +281,3 @@ def _generation_config(captioner: Captioner) -> GenerationConfig:
     listed = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     config.eos_token_id = [end, *(i for i in listed if i not in (None, end))]
     return config
-
-
-def model_card(captioner: Captioner, card: Mapping[str, Any], difference: Difference | None) -> str:
-    """README.md of an exported captioner: what it is, how it was trained, what it reaches.
-
-    ``card`` maps a heading to its entries; `metrics` is among them where there are any.
-    """
-    count = sum(parameter.numel() for parameter in captioner.model.parameters())
-    soft = "".join(captioner.tokenizer.convert_ids_to_tokens(captioner.soft_prompt_ids))
-    prompt = f"The caption prompt is learned: `{soft}`." if soft else "The caption prompt is ordinary text."
-    views = ", ".join(f"{name} {value}" for name, value in captioner.views.model_dump(mode="json").items())
-    lines = ["---", "library_name: transformers", "pipeline_tag: image-text-to-text"]
-    lines += ["tags: [image-captioning, captioner]", "---", "", "# Captioner", ""]
-    lines += [
-        f"A stock `{captioner.family.name}` checkpoint, {count / 1e6:,.1f} M parameters, written by",
-        f"`captioner export`: adapters are part of its weights. {prompt}",
-        f"It was trained on these views of an image: {views}.",
-    ]
-    for heading, entries in card.items():
-        lines += ["", f"## {heading}", "", "| | |", "|---|---|"]
-        lines += [f"| {_cell(name)} | {_cell(value)} |" for name, value in _flat(entries)]
-    if difference is not None:
-        lines += ["", "## Verified", ""]
-        lines += [
-            f"Against the captioner it was made from, on {difference.prompts} prompts: logits differ by at",
-            f"most {difference.largest:.3g} (of {difference.scale:.3g}); the likeliest token is the same at",
-            f"{difference.same_tokens:.2%} of the positions.",
-        ]
-    return "\n".join([*lines, ""])
-
-
-def _flat(entries: Mapping[str, Any], name: str = "") -> Iterator[tuple[str, Any]]:
-    """The leaves of nested mappings by dotted name."""
-    for key, value in entries.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{name}{key}.")
-        else:
-            yield f"{name}{key}", value
-
-
-def _cell(value: Any) -> str:
-    """Text that cannot leave its cell of a Markdown table; of a path on this machine, the last part."""
-    if isinstance(value, list | tuple):
-        return ", ".join(map(_cell, value))
-    text = f"{value:.4g}" if isinstance(value, float) else str(value)
-    text = Path(text).name if text.startswith("/") else text
-    return " ".join(text.replace("|", "\\|").split())

@@ -40,9 +40,11 @@ def write_model(folder: Path, model: PreTrainedModel, **extra: Any) -> None:
     _write(folder / "config.json", settings | extra)
 
 
-def write_processor(folder: Path, processor: ProcessorMixin) -> None:
-    """Write the files of tokenizer, image and video processor."""
+def write_processor(folder: Path, processor: ProcessorMixin, chat_template: str | None = None) -> None:
+    """Write the files of tokenizer, image and video processor; ``chat_template`` replaces its own."""
     processor.save_pretrained(folder)
+    if chat_template is not None:
+        (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
     joint = folder / "processor_config.json"
     if joint.is_file():
         settings = _read(joint)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -20,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from captioner import prompts, views
 from captioner.config import Config, EngineConfig, SamplingConfig, ServerConfig, ToolConfig, ViewsOverride
 from captioner.engines import CaptionRequest, NoAnswer, QuestionBatch, TextRequest, make_engine
-from captioner.engines.server import ServerEngine
+from captioner.engines.server import ServerEngine, served_name
 from captioner.engines.text import TextEngine
 from captioner.errors import EngineError
 from captioner.lab import grid as scenes
@@ -302,6 +303,15 @@ def test_an_exported_captioner_in_vllm_and_in_plain_transformers(vllm_python: st
         ours = make_engine(out, settings("server", server.url))
         assert [candidate.text for [candidate] in ours.sample(asked, 1, greedy)] == expected
         ours.close()
+        pictures[0].save(tmp_path / "photo.png")
+        cutting, _, client = re.findall(r"```python\n(.*?)```", (out / "README.md").read_text(), re.S)
+        code = (cutting + client).replace("photo.jpg", "photo.png").replace("max_tokens=256", "max_tokens=80")
+        code = code.replace("http://127.0.0.1:8000/v1", server.url).replace(
+            'model="captioner"', f'model="{served_name(out)}"'
+        )
+        said = subprocess.run([vllm_python, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+        assert said.returncode == 0, said.stderr
+        assert said.stdout.strip() == expected[0]
 
 
 def test_the_shipped_base(vllm_python: str, tmp_path: Path) -> None:
