@@ -60,7 +60,7 @@ COMMANDS: dict[str, Command] = {
     "evaluate": Command(
         "loops.evaluate:evaluate",
         "Score captioners on held-out images, with confidence intervals",
-        (*_ENGINE, "evaluate", "gate"),
+        (*_ENGINE, "tool", "evaluate", "gate"),
     ),
     "report": Command("loops.report:report", "Write the HTML report of a run"),
     "review": Command("loops.review:review", "Check claims of a round by hand, on a local page"),

@@ -1,9 +1,12 @@
-"""captioner evaluate [--round N] [--checkpoint DIR ...] [--questions DATA]: scores of a run's captioners.
+"""captioner evaluate [--round N | --captions FILE ... | --questions DATA]: scores of captioners.
 
 Greedy captions of held-out images by the base, the SFT captioner and that of every finished round, in one
 table, with intervals. ``--round N`` compares round N with the captioner it started from, on the gate's
 images. Captions are stored under the hash of what they were made with, so a captioner never runs twice on the
 same images.
+``--captions FILE``, once for each captioner, compares captions that are there, ours or another tool's, in any
+supported format; with ``--images DATA`` a judge tells what is true of them. ``--against NAME=PATH`` scores
+captions by a benchmark's annotations, see docs/evaluation.md.
 ``--questions DATA`` asks yes/no questions instead and prints how many are answered rightly, by kind.
 """
 
@@ -14,43 +17,35 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
-
-from rich import box
-from rich.table import Table
 
 from captioner import prompts
 from captioner.config import Config, SamplingConfig
 from captioner.engines import make_engine
 from captioner.errors import CheckpointError, ConfigError, DataError, Refused, RunError
 from captioner.files import atomic_write_json, hash_path
-from captioner.judges import metrics
+from captioner.judges import metrics, sets
 from captioner.judges.appoint import Pool, appoint
-from captioner.judges.base import Comparison, Said
+from captioner.judges.base import Comparison, Judge, NoJudge, Said
 from captioner.judges.metrics import Counts, Interval
 from captioner.judges.verifier import pooled
 from captioner.method import qa
 from captioner.pipeline import stages
-from captioner.progress import console, progress
+from captioner.progress import progress
 from captioner.records import Candidate, CaptionRow, Failed
-from captioner.report.report import cell
+from captioner.report import sheet
+from captioner.report.sheet import NOTHING, Wanted, print_table
 from captioner.runs import Run, RunDir, Shards, checkpoint_path, input_of
 from captioner.sources import questions, resolve
 from captioner.sources.folder import ImageRow, read_folder
 from loops.stages import StagePlan, opened
 
-COLUMNS = {
-    "precision": "Precision",
-    "recall": "Recall",
-    "f1": "F1",
-    "hallucinated": "Halluc-\ninated",
-    "ended": "Ended",
-    "tokens": "Tokens",
-}
 EXAMPLES = 12  # images of a round that are captioned for the report
 SHARD_ROWS = 64  # images between two published shards
+COMPARED = "comparison.json"  # what --captions found
+UNKNOWN = Interval(math.nan, math.nan, math.nan)
 
 
 @dataclass(frozen=True)
@@ -63,11 +58,23 @@ class Entry:
 
 
 def plan(
-    run: Run, round: int | None = None, checkpoint: Sequence[Path] = (), questions: str | None = None
+    run: Run,
+    round: int | None = None,
+    checkpoint: Sequence[Path] = (),
+    questions: str | None = None,
+    captions: Sequence[str] = (),
+    images: str | None = None,
+    against: Sequence[str] = (),
 ) -> list[StagePlan]:
     """What is read and written."""
+    inputs: dict[str, Path | str] = {path.name: path for path in checkpoint} if captions else {}
+    inputs |= {f"captions {number}": source for number, source in enumerate(captions, 1)}
+    inputs |= sheet.parse(against)
+    if captions:
+        inputs |= {"images": images} if images else {}
+        return [StagePlan("", inputs, outputs=[run.path / COMPARED])]
     entries, source, where = _what(run, round, checkpoint)
-    inputs: dict[str, Path | str] = {entry.name: entry.checkpoint for entry in entries}
+    inputs |= {entry.name: entry.checkpoint for entry in entries}
     inputs |= {"questions": questions} if questions else {"images": source}
     return [StagePlan("", inputs, outputs=[where / ("questions.json" if questions else "evaluation.json")])]
 
@@ -88,23 +95,39 @@ def evaluate(
     round: int | None = None,
     *,
     checkpoint: Sequence[Path] = (),
+    captions: Sequence[str] = (),
+    images: str | None = None,
+    against: Sequence[str] = (),
+    prefer: bool = False,
     questions: str | None = None,
     redo: bool = False,
 ) -> Path:
-    """Score the captioners of a run, print the table and write it; returns the file.
+    """Score captioners, print the table and write it; returns the file.
 
     Args:
-        run: Run directory; made if it does not exist and checkpoints are given.
-        config: Settings; `model`, `views`, `engine` and `evaluate` are read, `gate.data` for a round.
+        run: Run directory; made if it does not exist and checkpoints or captions are given.
+        config: Settings; `model`, `views`, `engine`, `tool`, `evaluate` and `gate` are read.
         round: Compare this round with its start, on `gate.data`; otherwise the whole run, on `evaluate.data`.
         checkpoint: A captioner to add to the table; may be given several times.
+        captions: Captions to compare, in place of the run's captioners: a file, or a folder; may be given
+            several times. FILE?file=COLUMN&text=COLUMN names columns.
+        images: The images of --captions; without them nobody judges truth.
+        against: Score by a benchmark, NAME=PATH of its annotations; may be given several times.
+        prefer: Ask the tool LLM, which sees the image, which of two captions is better.
         questions: Ask yes/no questions instead: a folder, a question file, or scenes:SPLIT:COUNT.
         redo: Make the captions anew.
 
     Raises:
         Refused: more than `max_failed` of the images or questions failed.
     """
-    with opened(run, config, create=bool(checkpoint)) as run:
+    wanted = Wanted(sheet.parse(against), prefer)
+    if captions and (round is not None or questions):
+        raise ConfigError("--captions goes with neither --round nor --questions", fix="leave one out")
+    if round is not None and (against or prefer):
+        raise ConfigError("--round goes with neither --against nor --prefer", fix="give --captions")
+    with opened(run, config, create=bool(checkpoint or captions)) as run:
+        if captions:
+            return _compare(run, captions, images, [Entry(p.name, _existing(p)) for p in checkpoint], wanted)
         entries, source, where = _what(run, round, checkpoint)
         if questions:
             ask(run, entries, questions, where / "questions.json")
@@ -112,9 +135,10 @@ def evaluate(
         if round is not None:
             summary = evaluate_round(run, round, redo=redo).summary
         else:
-            summary = score(run, entries, source, redo=redo).summary
+            summary = score(run, entries, source, redo=redo, wanted=wanted).summary
             atomic_write_json(where / "evaluation.json", summary)
     print_table(summary)
+    sheet.print_scores(summary["scores"])
     print(
         f"{len(summary['captioners'])} captioners on {summary['images']} images: {where / 'evaluation.json'}"
     )
@@ -224,45 +248,102 @@ class Scores(NamedTuple):
     steps: list[Comparison]
 
 
-def score(run: Run, entries: Sequence[Entry], source: str, *, redo: bool = False) -> Scores:
+def score(
+    run: Run,
+    entries: Sequence[Entry],
+    source: str,
+    *,
+    redo: bool = False,
+    wanted: Wanted = NOTHING,
+) -> Scores:
     """Caption the images with each captioner and have a judge compare them, each with the one before it.
 
     Raises Refused where more than ``max_failed`` of the images fail.
     """
-    config = run.config
     folder = resolve(source, run)
     images = read_folder(folder)
-    resamples, seed = config.evaluate.bootstrap, config.seed
     made = [caption(run, entry, folder, images, redo=redo) for entry in entries]
     said = [Said(entry.name, rows, entry.prose) for entry, (_, rows) in zip(entries, made, strict=True)]
     judge = appoint(run, folder, images, said, lambda: _pool(run, entries, folder, images))
+    found = _judged(run, judge, said, list(pairwise(said)))
+    for about, entry, (where, rows) in zip(found.summary["captioners"], entries, made, strict=True):
+        about |= {"checkpoint": str(entry.checkpoint), "captions": str(where.relative_to(run.path))}
+        about |= {"failed": sum(row.error is not None for row in rows)}
+    files = {row.key: row.path for row in images}
+    scores = sheet.score(run.config, said, list(pairwise(said)), files, wanted)
+    return found._replace(summary=found.summary | {"data": source, "images": len(images), "scores": scores})
+
+
+def _judged(run: Run, judge: Judge, said: Sequence[Said], pairs: Sequence[tuple[Said, Said]]) -> Scores:
+    """What a judge says of each captioner, and of the change between two."""
+    resamples, seed = run.config.evaluate.bootstrap, run.config.seed
     counts = [judge.count(each) for each in said]
-    steps = [judge.compare(one, other, resamples=resamples, seed=seed) for one, other in pairwise(said)]
+    steps = [judge.compare(one, other, resamples=resamples, seed=seed) for one, other in pairs]
     captioners = []
-    for entry, (where, rows), counted in zip(entries, made, counts, strict=True):
+    for side, counted in zip(said, counts, strict=True):
         broken = metrics.breakdown(counted, resamples=resamples, seed=seed)
         about = {
-            "name": entry.name,
-            "checkpoint": str(entry.checkpoint),
-            "captions": str(where.relative_to(run.path)),
-            "failed": sum(row.error is not None for row in rows),
+            "name": side.name,
             "metrics": _json(metrics.evaluate(counted, resamples=resamples, seed=seed)),
             "breakdown": {grouping: _json(table) for grouping, table in broken.items()},
         }
         captioners.append(about)
     differences = [
         {"from": one.name, "to": other.name, "metrics": _json(step.difference)}
-        for (one, other), step in zip(pairwise(entries), steps, strict=True)
+        for (one, other), step in zip(pairs, steps, strict=True)
     ]
     notes = dict.fromkeys([*judge.notes, *(note for step in steps for note in step.notes)])
     summary = {
-        "data": source,
-        "images": len(images),
         "judge": {"kind": judge.kind, "notes": list(notes)},
         "captioners": captioners,
         "differences": differences,
     }
     return Scores(summary, counts, steps)
+
+
+def _compare(
+    run: Run, sources: Sequence[str], images: str | None, entries: Sequence[Entry], wanted: Wanted
+) -> Path:
+    """Compare captions that are there, every two of them, and write comparison.json; returns the file."""
+    out = run.path / COMPARED
+    if wanted.answers:
+        summary: dict[str, Any] = {"scores": sheet.score_answers(run.config, sources, wanted)}
+    else:
+        summary = _compared(run, sources, images, entries, wanted)
+        print_table(summary)
+    sheet.print_scores(summary["scores"])
+    atomic_write_json(out, summary)
+    print(f"{len(sources) + len(entries)} captioners compared: {out}")
+    return out
+
+
+def _compared(
+    run: Run, sources: Sequence[str], images: str | None, entries: Sequence[Entry], wanted: Wanted
+) -> dict[str, Any]:
+    said = sets.said(sources)
+    rows: list[ImageRow] = []
+    if images is None and (entries or wanted.prefer or run.config.evaluate.clip):
+        raise ConfigError("the images of the captions are needed", fix="--images DATA")
+    if images is not None:
+        folder = resolve(images, run)
+        rows = read_folder(folder)
+        said = [sets.placed(side, folder, rows) for side in said]
+        rows = [row for row in rows if any(row.key in side.captions for side in said)]
+        said += [Said(entry.name, caption(run, entry, folder, rows)[1], entry.prose) for entry in entries]
+    said, notes = sets.alike(said)
+    kept = [row for row in rows if row.key in said[0].captions]
+    judge: Judge = NoJudge("no images are named, so nobody tells what is true of them (--images DATA)")
+    if images is not None:
+        judge = appoint(run, folder, kept, said, lambda: pooled(said))
+    pairs = list(combinations(said, 2))
+    summary = _judged(run, judge, said, pairs).summary
+    summary["judge"]["notes"] += notes
+    for about, side in zip(summary["captioners"], said, strict=True):
+        if all(row.finish_reason is None for row in side.rows):  # another tool does not say how they ended
+            about["metrics"] |= dict.fromkeys(("ended", "tokens"), UNKNOWN.to_json())
+    about = {"data": images or "no images", "images": len(said[0].captions)}
+    files = {row.key: row.path for row in kept}
+    return summary | about | {"scores": sheet.score(run.config, said, pairs, files, wanted)}
 
 
 def _json(intervals: Mapping[str, Interval]) -> dict[str, Any]:
@@ -372,33 +453,3 @@ def _rows(key: str, made: list[Candidate] | Failed, samples: int, model: str, na
         CaptionRow(id=c.sample, caption=c.text, finish_reason=c.finish_reason, tokens=c.tokens, **about)
         for c in made
     ]
-
-
-# ---------------------------------------------------------------- the table
-
-
-def print_table(summary: dict[str, Any]) -> None:
-    """Every captioner with its 95 % intervals, then what each step changed, paired."""
-    out = console()
-    judge = summary["judge"]
-    images = (
-        f"{summary['data']}, {summary['images']} images, judge: {judge['kind']}; 95 % bootstrap intervals"
-    )
-    table = Table(title=images, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
-    table.add_column("Captioner", min_width=9, max_width=16)
-    for label in COLUMNS.values():
-        table.add_column(label, justify="right", no_wrap=True)
-    for one in [*summary["captioners"], *summary.get("baselines", [])]:
-        cells = (cell(name, one["metrics"][name], short=True) for name in COLUMNS)
-        table.add_row(one["name"], *(f"{value}\n[dim]{span}[/dim]" for value, span in cells))
-    out.print(table)
-    for note in judge["notes"]:
-        out.print(f"{judge['kind']}: {note}", highlight=False)
-    for step in summary["differences"]:
-        parts = []
-        for name in ("precision", "recall", "hallucinated"):
-            x = Interval.from_json(step["metrics"][name])
-            if x.value == x.value:  # not NaN: the metric is defined for both
-                parts.append(f"{name} {x.value * 100:+.1f} ({x.low * 100:+.1f} to {x.high * 100:+.1f})")
-        if parts:
-            out.print(f"{step['from']} to {step['to']}, points: {', '.join(parts)}", highlight=False)

@@ -248,6 +248,11 @@ class EvaluateConfig(Section):
     """Longest caption in tokens; decoding is greedy."""
     bootstrap: int = Field(2000, ge=100)
     """Resamples of the confidence intervals, drawn over images."""
+    tokenizer: str | None = None
+    """Folder with the tokenizer that counts the captions' tokens, such as the image generator's; None = the
+    tokens that the captioner generated."""
+    clip: str | None = None
+    """CLIP or SigLIP checkpoint that scores how captions fit their images; None = no such score."""
 
 
 class JudgeConfig(Section):

@@ -49,11 +49,12 @@ class YesNo:
 
 @dataclass(frozen=True)
 class TextRequest:
-    """A request for a JSON answer, without images."""
+    """A request for a JSON answer."""
 
     text: str
     max_tokens: int
     check: Callable[[Any], str | None] | None = None  # why a well-formed answer is unusable; None: it is not
+    image: Path | None = None  # shown before the text, at most 1024 px long
 
 
 @dataclass(frozen=True)

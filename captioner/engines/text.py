@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Iterable, Iterator
 from functools import cached_property
+from io import BytesIO
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -11,9 +13,11 @@ from pydantic import BaseModel, ValidationError
 from captioner.config import ServerConfig
 from captioner.engines.base import NoAnswer, TextRequest
 from captioner.engines.servers import Server, Servers, Unanswered, choice_of
+from captioner.views import BadImage, load_image
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 MAX_TEXT = 1 << 16  # characters of an answer that may be read as JSON
+LONGEST_SIDE = 1024  # px of an image that is shown
 
 
 class TextEngine:
@@ -41,9 +45,14 @@ class TextEngine:
         kind = {"name": schema.__name__, "schema": schema.model_json_schema(), "strict": True}
 
         async def one(request: TextRequest) -> ModelT | NoAnswer:
+            try:
+                content = _content(request)
+            except BadImage as error:
+                return NoAnswer(str(error))
+
             def body(server: Server, number: int) -> dict[str, Any]:
                 return {
-                    "messages": [{"role": "user", "content": request.text}],
+                    "messages": [{"role": "user", "content": content}],
                     "max_tokens": request.max_tokens,
                     "temperature": 0.7 if number else 0.0,  # the same again would give the same again
                     "seed": number,
@@ -56,6 +65,18 @@ class TextEngine:
                 return NoAnswer(str(error))
 
         return self._servers.map(one, requests, 2 * self._servers.slots)
+
+
+def _content(request: TextRequest) -> str | list[dict[str, Any]]:
+    """What the user says: the text, with the image before it where there is one. Raises BadImage."""
+    if request.image is None:
+        return request.text
+    picture, _ = load_image(request.image)
+    picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
+    data = BytesIO()
+    picture.save(data, "PNG", compress_level=1)
+    url = "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()
+    return [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": request.text}]
 
 
 def _parse(answer: dict[str, Any], request: TextRequest, schema: type[ModelT]) -> ModelT:

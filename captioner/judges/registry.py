@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from captioner.errors import ConfigError
+from pydantic import TypeAdapter, ValidationError
+
+from captioner.errors import ConfigError, DataError
 from captioner.judges import amber, chair, dcscore, fixed_budget, mmhal, pope, references
 from captioner.judges.scores import Scores
 
@@ -19,6 +21,7 @@ class Benchmark:
     score: Callable[..., Scores]
     given: str
     annotations: str
+    form: Any = dict[str, str]  # of what is given
 
 
 _REFERENCES = "a file: captions_*.json of COCO, or JSONL of {key, references} or {example_id, description}"
@@ -38,7 +41,10 @@ BENCHMARKS: Mapping[str, Benchmark] = {
         mmhal.mmhal, "a judge's texts by the question's place", "a folder: response_template.json"
     ),
     "dcscore": Benchmark(
-        dcscore.dcscore, "judged units by image name", f"a folder: {dcscore.FACTS} of DeCapBench"
+        dcscore.dcscore,
+        "judged units by image name",
+        f"a folder: {dcscore.FACTS} of DeCapBench",
+        dict[str, list[dcscore.Unit]],
     ),
     "fixed_budget": Benchmark(
         fixed_budget.fixed_budget, "captions", "CaptionQA's Parquet files, or JSONL of {id, questions}"
@@ -52,6 +58,17 @@ def score(name: str, given: Mapping[str, Any], annotations: Path, **options: Any
     ``options`` are the benchmark's own: ``similar`` of amber; ``answerer``, ``budgets`` and ``seed`` of
     fixed_budget. ConfigError for an unknown name, DataError for what does not fit.
     """
+    benchmark = of(name)
+    try:
+        checked = TypeAdapter(benchmark.form).validate_python(dict(given))
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        raise DataError(f"{name} takes {benchmark.given}: {place} {first['msg']}") from error
+    return benchmark.score(checked, annotations, **options)
+
+
+def of(name: str) -> Benchmark:
     if name not in BENCHMARKS:
         raise ConfigError(f"no benchmark is called {name!r}", fix=f"choose from {', '.join(BENCHMARKS)}")
-    return BENCHMARKS[name].score(given, annotations, **options)
+    return BENCHMARKS[name]

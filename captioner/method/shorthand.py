@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from itertools import zip_longest
 
 from captioner.method import words
-from captioner.statements import EDGES, mask, normalise, split_statements
+from captioner.statements import EDGES, mask, normalise, split_statements, visible
 
 LONGEST = 600  # characters of a sentence that is taken apart; of a longer one commas separate
 
@@ -128,6 +128,13 @@ def shorthand(caption: str) -> list[str]:
 
 
 # ---------------------------------------------------------------- what can be seen
+
+
+def is_plain(statement: str) -> bool:
+    """Whether it only names what can be seen: no lead-in, opinion, mood, guess or interpretation."""
+    patterns = (_LEAD_IN, _INTERPRETS, _OPINION, _HEDGE)
+    said, _ = mask(statement)  # a quotation may say anything
+    return visible(said) and not any(pattern.search(said) for pattern in patterns)
 
 
 def _seen(sentence: str) -> str:

@@ -42,6 +42,9 @@ _CLASS = re.compile(
     r"Qwen[0-9_]*(VL)?(Tokenizer|Processor|ImageProcessor|VideoProcessor)(Fast|Pil)?"
     r"|PreTrainedTokenizerFast|TokenizersBackend"
 )
+_CONTRASTIVE = re.compile(
+    r"(CLIP|Siglip2?|Gemma)(Tokenizer|Processor|ImageProcessor)(Fast|Pil)?|PreTrainedTokenizerFast|TokenizersBackend"
+)
 _FIX = "load a checkpoint you trust, or remove the key from the file"
 
 
@@ -89,6 +92,24 @@ def check_files(path: Path, *, weights: bool = True) -> dict[str, Any]:
             fix="load the checkpoint it was made from; --model.load_in_4bit holds that one in 4 bits",
         )
     return settings
+
+
+def check_contrastive(path: Path) -> str:
+    """As :func:`check_files`, of a CLIP or SigLIP model that scores captions; its kind."""
+    settings = read_json(path / "config.json") if (path / "config.json").is_file() else {}
+    kind = str(settings.get("model_type"))
+    if kind not in ("clip", "siglip", "siglip2"):
+        raise CheckpointError(
+            f"There is no CLIP or SigLIP checkpoint, but {kind!r}.",
+            where=str(path),
+            fix="name the directory of one, with config.json and model.safetensors",
+        )
+    _check_weights(path)
+    _check_processor_files(path)
+    for file in (path / name for name in _SETTINGS_FILES):
+        if file.is_file():
+            refuse_hostile(read_json(file), file, _CONTRASTIVE)
+    return kind
 
 
 def _check_weights(path: Path) -> None:
@@ -167,7 +188,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def refuse_hostile(settings: dict[str, Any], file: Path) -> None:
+def refuse_hostile(settings: dict[str, Any], file: Path, classes: re.Pattern[str] = _CLASS) -> None:
     """Raises CheckpointError for a key, at any depth, by which loading could fetch or run code."""
     for name, key, value in _entries(settings):
         if value is None or isinstance(value, bool | int | float):  # names nothing
@@ -178,9 +199,9 @@ def refuse_hostile(settings: dict[str, Any], file: Path) -> None:
                 where=str(file),
                 fix=_FIX,
             )
-        if _CLASS_KEY.fullmatch(key) and not (isinstance(value, str) and _CLASS.fullmatch(value)):
+        if _CLASS_KEY.fullmatch(key) and not (isinstance(value, str) and classes.fullmatch(value)):
             raise CheckpointError(
-                f"{file.name} sets `{name}` to {value!r}, which is no class of the Qwen-VL family.",
+                f"{file.name} sets `{name}` to {value!r}, which is no class of such a checkpoint.",
                 where=str(file),
                 fix="copy the file from the original checkpoint",
             )
