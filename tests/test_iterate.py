@@ -68,6 +68,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     config = Config.model_validate(
         {
             "model": {"path": str(tmp_path / "base")},
+            "qa": {"data": "scenes:qa:4"},
+            "golden": {"images": "scenes:round:4"},
             "gate": {"data": data},
             "evaluate": {"data": data, "bootstrap": 200},
         }

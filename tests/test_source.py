@@ -312,7 +312,8 @@ def test_headers_upon_headers(tmp_path: Path) -> None:
     path = tmp_path / "y.tar"
     path.write_bytes(start + block * 5000 + start + b"\0" * 1024)
     items = read(path)
-    assert good(items)[:1] == ["a"] and "damaged" in bad(items)["y.tar"]
+    assert good(items)[:1] == ["a"] and "more than 16 headers" in bad(items)["y.tar"]
+    assert len(items) < 400  # one row for each stretch, not for each header
 
 
 def header(name: str, size: bytes, kind: bytes = tarfile.REGTYPE) -> bytes:

@@ -19,6 +19,7 @@ from captioner.sources.items import Item, ShardRef
 from captioner.views import MAX_BYTES
 
 MAX_TEXT = 1 << 20  # bytes of a caption or of metadata in a tar
+MAX_CHAINED = 16  # extended headers before one member; writers make three at most
 BLOCK = 512  # bytes: what a tar consists of
 LONG_HEADERS = (
     tarfile.XHDTYPE,
@@ -96,9 +97,15 @@ def _members(file: IO[bytes], start: int, size: int) -> Iterator[tuple[tarfile.T
             limit = MAX_TEXT if header.type in LONG_HEADERS else size
             if not 0 <= header.size <= limit:
                 raise tarfile.HeaderError(f"a member of {header.size:,} bytes, limit {limit:,}")
+            nonlocal after, chained
+            chained = chained + 1 if header.type in LONG_HEADERS else 0
+            if chained > MAX_CHAINED:
+                after = file.tell()  # not block by block through the chain again
+                raise tarfile.HeaderError(f"more than {MAX_CHAINED} headers before one member")
             return header
 
     after = start + BLOCK  # where to look for what comes behind a damage
+    chained = 0
     try:
         file.seek(start)
         with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", tarinfo=Checked) as tar:
