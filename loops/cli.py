@@ -77,6 +77,9 @@ COMMANDS: dict[str, Command] = {
     "data reformulate": Command(
         "loops.data.make:reformulate", "Turn prose captions into shorthand", ("tool",)
     ),
+    "data preferences": Command(
+        "loops.data.preferences:preferences", "Write the pairs of a round for other trainers"
+    ),
     "data questions": Command("loops.data.make:questions", "Make a balanced yes/no set from captions"),
     "init": Command("loops.init:init", "Write settings for a model and a machine to start from"),
     "scenes": Command("loops.scenes:scenes", "Draw procedural scenes as an image folder"),

@@ -27,6 +27,7 @@ NEEDED = {  # words without which a command does not start
     "data prepare": ["images", "--out", "o"],
     "data check": ["images"],
     "data boxes": ["images", "--images", "images", "--out", "o"],
+    "data preferences": ["--out", "o"],
     "export": ["--out", "exported"],
     "init": ["--model", "scenes-base"],
     "scenes": ["--out", "drawn"],

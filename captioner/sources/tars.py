@@ -89,6 +89,8 @@ def _samples(members: Iterator[tuple[tarfile.TarInfo, tarfile.TarFile]]) -> Iter
 
 def _members(file: IO[bytes], start: int, size: int) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarFile]]:
     """The members from a byte on to the end of the archive. Raises _Damage."""
+    after = start + BLOCK  # where to look for what comes behind a damage
+    chained = 0
 
     class Checked(tarfile.TarInfo):
         @classmethod
@@ -104,8 +106,6 @@ def _members(file: IO[bytes], start: int, size: int) -> Iterator[tuple[tarfile.T
                 raise tarfile.HeaderError(f"more than {MAX_CHAINED} headers before one member")
             return header
 
-    after = start + BLOCK  # where to look for what comes behind a damage
-    chained = 0
     try:
         file.seek(start)
         with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", tarinfo=Checked) as tar:
