@@ -1,4 +1,4 @@
-"""`captioner data preferences`: TRL's own DPOTrainer trains on what it writes, each row a pair of the round."""
+"""`captioner data preferences`: TRL's own DPOTrainer trains on what it writes."""
 
 from __future__ import annotations
 
