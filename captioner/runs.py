@@ -93,7 +93,7 @@ def checkpoint_path(path: str) -> Path:
 
 
 @contextmanager
-def _atomic_file(path: Path) -> Generator[Path, None, None]:
+def atomic_file(path: Path) -> Generator[Path, None, None]:
     """Yield a path beside ``path``; what was written there replaces ``path``, synced to disk, on success."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part-{os.getpid()}")
@@ -116,7 +116,7 @@ def _sync(path: Path) -> None:
 
 def atomic_write_text(path: Path, text: str) -> None:
     """Write a text file that is there whole or not at all; parent directories are made."""
-    with _atomic_file(path) as part:
+    with atomic_file(path) as part:
         part.write_text(text, encoding="utf-8")
 
 
@@ -248,7 +248,7 @@ class Shards(Generic[RecordT]):
         return self.path(index).is_file()
 
     def write(self, index: int, rows: Iterable[RecordT]) -> None:
-        with _atomic_file(self.path(index)) as part:
+        with atomic_file(self.path(index)) as part:
             write_parquet(part, rows, self.record)
 
     def read(self, index: int) -> list[RecordT]:
