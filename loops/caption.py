@@ -30,6 +30,7 @@ from captioner.pipeline.coordinator import Coordinator, Pool
 from captioner.pipeline.leases import Leases
 from captioner.pipeline.local import LocalPool, devices
 from captioner.pipeline.output import Output
+from captioner.pipeline.page import Page
 from captioner.pipeline.prepare import cores
 from captioner.pipeline.watch import Watch
 from captioner.pipeline.worker import Settings
@@ -286,11 +287,12 @@ def _caption(
     missing = len(shards) - len(found.done)
     if not missing:
         return [], 0
+    page = None if settings.config.caption.join else Page(found)  # it would know of one machine only
     known = [shard.rows for shard in shards if shard.rows is not None]
     images = sum(known) if len(known) == len(shards) else None
     left = 0 if images is None else images - found.tally.rows
     with progress("captioning", left) as bar:
-        watch = Watch(settings.config.caption, found, shards=len(shards), images=images, bar=bar)
+        watch = Watch(settings.config.caption, found, shards=len(shards), images=images, bar=bar, page=page)
         before = watch.before
         pool, workers = _pool(settings, args, missing)
         leases = Leases(args.out / output.LEASES) if settings.config.caption.join else None

@@ -41,6 +41,9 @@ LEASES = ".leases"  # of machines that share the work
 OLD = ".old"  # parts of an input that has changed since
 REMOVING = ".removing"
 JSONL = "captions.jsonl"
+PAGE = "report.html"
+PAGE_STATE = ".page.json"
+THUMBNAILS = ".thumbnails"  # of the images that the page shows
 TEXT = ".txt"
 BOUND = ("shard_rows", "checkpoint", "config")  # what a job cannot change underway
 
@@ -207,7 +210,7 @@ class Old:
             atomic_write_text(home / JOURNAL, journal.read_text(encoding="utf-8"))
         for part in caption_shards(self.out):
             os.rename(part, home / part.name)
-        for path in (journal, *(self.out / WORK).glob("*.jsonl")):
+        for path in (journal, self.out / PAGE_STATE, *(self.out / WORK).glob("*.jsonl")):
             path.unlink(missing_ok=True)
 
     def take_back(self, output: Output, marks: Sequence[str]) -> None:
@@ -340,9 +343,9 @@ def remove(out: Path) -> None:
         for row in rows:
             _remove_text(out, row.key)
     clear_leftovers(out)
-    for folder in (WORK, OLD, LEASES):
+    for folder in (WORK, OLD, LEASES, THUMBNAILS):
         shutil.rmtree(out / folder, ignore_errors=True)
-    names = (out / name for name in (JSONL, STATUS, LISTING, JOURNAL, MANIFEST, REMOVING))
+    names = (out / name for name in (JSONL, PAGE, PAGE_STATE, STATUS, LISTING, JOURNAL, MANIFEST, REMOVING))
     for path in [*caption_shards(out), *names]:
         path.unlink(missing_ok=True)
 

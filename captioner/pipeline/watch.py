@@ -17,6 +17,7 @@ from captioner.config import CaptionConfig, TripwireConfig
 from captioner.errors import Refused
 from captioner.files import atomic_write_json, atomic_write_text
 from captioner.pipeline.output import STATUS, Output
+from captioner.pipeline.page import Page
 from captioner.progress import Progress
 from captioner.records import CaptionRow
 from captioner.statements import loops
@@ -115,9 +116,10 @@ class Watch:
         shards: int,
         images: int | None,
         bar: Progress,
+        page: Page | None = None,
     ):
         """``images`` None where the source does not say how many it holds: they are estimated then."""
-        self.config, self.output, self.bar = config, output, bar
+        self.config, self.output, self.bar, self.page = config, output, bar, page
         self.shards, self.images = shards, images
         self.before = output.tally.rows
         self.done = self.failed = self.tokens = 0
@@ -167,6 +169,8 @@ class Watch:
         atomic_write_json(self.output.out / STATUS, status)
         if self.config.prometheus is not None:
             atomic_write_text(Path(self.config.prometheus), prometheus(status))
+        if self.page is not None:
+            self.page.refresh(status, last=state != "running")
 
     def finish(self) -> None:
         """Judge the last rows."""

@@ -29,6 +29,7 @@ from captioner.errors import DataError, RunError, UserError, masked, printable
 from captioner.method.verifier import without_refuted
 from captioner.pipeline.check import Checker, Mark
 from captioner.pipeline.output import Log, Old, Tally
+from captioner.pipeline.page import Thumbnails
 from captioner.pipeline.prepare import GIB, Executor, Gate, Preparation, gone
 from captioner.records import Candidate, CaptionRow
 from captioner.runs import Shards
@@ -148,6 +149,7 @@ class Worker:
         self._checker = Checker(engine, settings.config, settings.verifier if settings.verify else None)
         self._shards: dict[int, _Shard] = {}
         self._output = Shards(settings.out, CaptionRow)
+        self._thumbnails = Thumbnails(settings.out)
         self._unanswered = 0  # images one after the other
         old = Old(settings.out).index
         self._old = (
@@ -265,6 +267,8 @@ class Worker:
         for each, row in self._answered(self._requests(), self._pending):
             del self._asked[each.sha]
             self._answered_by(row)
+            if row.caption is not None:
+                self._thumbnails.offer(row.id, each.picture)
             if row.fault != "world":
                 self._known[each.sha] = row
             if len(self._known) > KNOWN:
