@@ -285,14 +285,15 @@ def _caption(
     A finished job loads no model.
     """
     missing = len(shards) - len(found.done)
-    if not missing:
-        return [], 0
     page = None if settings.config.caption.join else Page(found)  # it would know of one machine only
     known = [shard.rows for shard in shards if shard.rows is not None]
     images = sum(known) if len(known) == len(shards) else None
     left = 0 if images is None else images - found.tally.rows
     with progress("captioning", left) as bar:
         watch = Watch(settings.config.caption, found, shards=len(shards), images=images, bar=bar, page=page)
+        if not missing:
+            watch.close()
+            return [], 0
         before = watch.before
         pool, workers = _pool(settings, args, missing)
         leases = Leases(args.out / output.LEASES) if settings.config.caption.join else None

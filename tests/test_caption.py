@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from captioner.config import Config, SamplingConfig, ViewsConfig
 from captioner.engines import CaptionRequest
 from captioner.pipeline.local import Inline
+from captioner.pipeline.output import PAGE
 from captioner.pipeline.worker import Settings, Task, Worker
 from captioner.records import Candidate, CaptionRow
 from captioner.sources.folder import read_captions, read_folder
@@ -34,7 +35,7 @@ from tests.test_views import png_header
 ROOT = Path(__file__).resolve().parent.parent
 TOKENS = 6
 SHARD_ROWS = 4
-HIDDEN = {".job.json", ".listing.jsonl", ".lock", ".shards.jsonl", ".status.json"}
+HIDDEN = {".job.json", ".listing.jsonl", ".lock", ".page.json", ".shards.jsonl", ".status.json"}
 FLAGS = [
     "--caption.sampling.max_tokens",
     str(TOKENS),
@@ -87,8 +88,8 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def visible(folder: Path) -> dict[str, bytes]:
-    """The files of an output that others read."""
-    return {name: data for name, data in files(folder).items() if not name.startswith(".")}
+    """The files of an output that others read; its page tells times, too."""
+    return {name: data for name, data in files(folder).items() if name[0] != "." and name != PAGE}
 
 
 # ---------------------------------------------------------------- outputs
@@ -102,7 +103,7 @@ def test_parquet_is_read_by_datasets(
     out = tmp_path / "out"
     assert caption(images, out, checkpoint) == 0
     shards = [f"0000{number}.parquet" for number in range(3)]
-    assert sorted(files(out)) == [*sorted(HIDDEN), *shards]
+    assert sorted(name for name in files(out) if "/" not in name) == [*sorted(HIDDEN), *shards, PAGE]
     rows = list(read_captions(out))
     assert [row.key for row in rows] == [row.key for row in read_folder(images)]
     assert all(row.caption and row.error is None and row.tokens <= TOKENS for row in rows)
@@ -328,6 +329,8 @@ def test_a_killed_job_goes_on_and_ends_with_the_same_rows(
     assert cli.main(flags) == 0
     assert visible(out) == visible(tmp_path / "whole")
     assert files(out)["00000.parquet"] == before["00000.parquet"]
+    assert json.loads((out / ".status.json").read_text())["state"] == "done"
+    assert "9 captions at random" in (out / PAGE).read_text()  # two of the ten are copies
 
 
 def test_a_finished_job_loads_no_model(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import sys
@@ -171,6 +172,15 @@ class Watch:
             atomic_write_text(Path(self.config.prometheus), prometheus(status))
         if self.page is not None:
             self.page.refresh(status, last=state != "running")
+
+    def close(self) -> None:
+        """Say that the job is done, where the process that did the last of it could not."""
+        try:
+            told = json.loads((self.output.out / STATUS).read_text(encoding="utf-8"))["state"] == "done"
+        except (OSError, ValueError, LookupError, TypeError):
+            told = False
+        if not told or (self.page is not None and not self.page.complete):
+            self.tick(state="done", force=True)
 
     def finish(self) -> None:
         """Judge the last rows."""
