@@ -1,5 +1,7 @@
 """captioner caption INPUT --out OUTPUT: caption a data set of any size; resumable.
 
+Without --out the captions of one image, or of a few, are printed.
+
 Every input shard becomes one Parquet file, published by rename; ``captions.jsonl`` or one text file per image
 is made of them at the end. Kill the job anywhere: the same command goes on at the shards that are missing,
 on one machine or on a cluster, and ends with the same rows. docs/bulk.md has the whole of it.
@@ -13,9 +15,11 @@ import os
 import socket
 import time
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from filelock import FileLock
@@ -37,9 +41,10 @@ from captioner.pipeline.worker import Settings
 from captioner.processes import ending
 from captioner.progress import progress
 from captioner.runs import Run, RunDir, checkpoint_path
-from captioner.sources import resolve
+from captioner.sources import resolve, taken_in_part
 from captioner.sources.folder import read_captions, write_jsonl
 from captioner.sources.source import ShardRef, open_source
+from loops.few import print_captions
 from loops.stages import StagePlan
 
 
@@ -61,19 +66,23 @@ class Job:
     redo: bool = False
 
 
-def plan(run: Run, input: str, out: Path, checkpoint: str | None = None) -> list[StagePlan]:
+def plan(
+    run: Run, input: Sequence[str], out: Path | None = None, checkpoint: str | None = None
+) -> list[StagePlan]:
     """What is read and written."""
-    args = Job(run, input, out, checkpoint=checkpoint)
-    inputs: dict[str, Path | str] = {"checkpoint": _checkpoint(run.config, args), "images": input}
-    return [StagePlan("", inputs, outputs=[out])]
+    given = _given(input, out)
+    args = Job(run, given[0], out or Path(), checkpoint=checkpoint)
+    inputs: dict[str, Path | str] = {"checkpoint": _checkpoint(run.config, args)}
+    inputs |= {f"images {i}" if i else "images": each for i, each in enumerate(given)}
+    return [StagePlan("", inputs, outputs=[out] if out else [])]
 
 
 def caption(
     run: RunDir,
     config: Config,
-    input: str,
+    input: Sequence[str],
     *,
-    out: Path,
+    out: Path | None = None,
     format: Literal["parquet", "jsonl", "txt"] = "parquet",
     checkpoint: str | None = None,
     runner: Literal["local", "ray"] = "local",
@@ -83,14 +92,15 @@ def caption(
     estimate: int | None = None,
     retry_failed: bool = False,
     redo: bool = False,
-) -> Path:
-    """Caption a data set; returns its output folder.
+) -> Path | None:
+    """Caption a data set; returns its output folder. Without one, print the captions of a few images.
 
     Args:
         run: Run directory whose newest captioner is used where no checkpoint is named.
         config: Settings; `model`, `views`, `engine` and `caption` are read.
-        input: Folder of images, webdataset tars, Parquet files (docs/formats.md), or scenes:SPLIT:COUNT.
-        out: Folder to write: a new one, or one to resume.
+        input: Folder of images, webdataset tars, Parquet files, a part of them (docs/formats.md), or
+            scenes:SPLIT:COUNT. Several are printed only.
+        out: Folder to write: a new one, or one to resume. Without it captions of a few images are printed.
         format: `jsonl` adds OUT/captions.jsonl to the Parquet files, `txt` adds OUT/KEY.txt.
         checkpoint: Captioner to use; else `caption.checkpoint`, else the newest of the run.
         runner: Workers are processes of this machine, or actors of a Ray cluster.
@@ -104,10 +114,11 @@ def caption(
     Raises:
         Refused: more than `max_failed` of the images failed, or shards could not be read.
     """
+    given = _given(input, out)
     args = Job(
         run,
-        input,
-        Path(out),
+        given[0],
+        Path(out or ""),
         format=format,
         checkpoint=checkpoint,
         runner=runner,
@@ -118,12 +129,28 @@ def caption(
         retry_failed=retry_failed,
         redo=redo,
     )
-    if estimate is None:
+    if estimate is not None:
+        with TemporaryDirectory(prefix="captioner-") as place:
+            _estimate(config, args if out else replace(args, out=Path(place)))
+    elif out is None:
+        if verify or drop_refuted or retry_failed or redo or format != "parquet":
+            raise ConfigError("flags of an output, and no output", where="--out", fix="add --out FOLDER")
+        print_captions(config, _checkpoint(config, args), given)
+    else:
         with ending(), writing(args.out):
             _run(config, args)
-    else:
-        _estimate(config, args)
-    return args.out
+    return out
+
+
+def _given(input: Sequence[str], out: Path | None) -> list[str]:
+    """The sources. Raises ConfigError for several with one output."""
+    given = [input] if isinstance(input, str) else list(input)
+    if out is not None and len(given) > 1:
+        fix = (
+            "name their folder, or a list of their paths (LIST.txt); without --out their captions are printed"
+        )
+        raise ConfigError(f"{len(given):,} sources for one output", where="--out", fix=fix)
+    return given
 
 
 def _run(config: Config, args: Job) -> None:
@@ -190,8 +217,8 @@ class _Source:
     """The input; ``others`` counts the files of a folder that are not taken for images."""
 
     def __init__(self, config: Config, args: Job):
-        drawn = laboratory.of_source(args.input) is not None
-        self.spec = str(resolve(args.input, cache=args.out / ".scenes")) if drawn else args.input
+        made = laboratory.of_source(args.input) is not None or taken_in_part(args.input)
+        self.spec = str(resolve(args.input, cache=args.out / ".scenes")) if made else args.input
         self.rows, self.join = config.caption.shard_rows, config.caption.join
         self.others: Counter[str] = Counter()
         self.listing = Path()

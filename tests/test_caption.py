@@ -210,6 +210,51 @@ def test_scenes_are_captioned(tmp_path: Path, checkpoint: Path) -> None:
     assert caption("scenes:test:3", out, checkpoint) == 0
 
 
+def test_captions_of_a_few_images_are_printed(
+    images: Path,
+    tmp_path: Path,
+    checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert caption(images, tmp_path / "out", checkpoint) == 0
+    said = {row.key: row.caption for row in read_captions(tmp_path / "out")}
+    monkeypatch.chdir(images)
+    photos = sorted(path.relative_to(images).as_posix() for path in images.rglob("*.png"))[:2]
+    one, two = (name.removesuffix(".png") for name in photos)
+    words = ["--checkpoint", str(checkpoint), *FLAGS]
+    capsys.readouterr()
+    before = files(images)
+    assert cli.main(["caption", photos[0], *words]) == 0
+    assert capsys.readouterr().out == f"{said[one]}\n"
+    assert cli.main(["caption", *photos, *words]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [f"{Path(key).name}: {said[key]}" for key in (one, two)]
+    assert cli.main(["caption", f"{images}?count=2", *words]) == 0
+    keys = [line.partition(": ")[0] for line in capsys.readouterr().out.splitlines()]
+    assert len(keys) == 2 and set(keys) <= said.keys() and files(images) == before
+    (tmp_path / "cut.png").write_bytes((images / photos[0]).read_bytes()[:60])
+    assert cli.main(["caption", str(tmp_path / "cut.png"), *words]) == 3
+    assert cli.main(["caption", *photos, "--out", str(tmp_path / "o"), *words]) == 2
+    assert "2 sources for one output" in capsys.readouterr().err
+    (tmp_path / "images.csv").write_text("file_name\n" + "\n".join(str(images / name) for name in photos))
+    assert cli.main(["caption", str(tmp_path / "images.csv"), *words]) == 2
+    assert "images.csv?count=8" in capsys.readouterr().err
+
+
+def test_a_part_of_a_source_is_captioned_and_goes_on(images: Path, tmp_path: Path, checkpoint: Path) -> None:
+    out, source = tmp_path / "out", f"{images}?count=3&seed=1"
+    assert caption(source, out, checkpoint) == 0
+    keys = {row.key for row in read_captions(out)}
+    assert len(keys) == 3
+    assert caption(source, out, checkpoint) == 0
+    assert caption(f"{images}?count=3&seed=1&part=2", tmp_path / "second", checkpoint) == 0
+    assert not keys & {row.key for row in read_captions(tmp_path / "second")}
+    words = ["data", "convert", str(out), "--images", source, "--to", "imagefolder"]
+    assert cli.main([*words, "--out", str(tmp_path / "set")]) == 0
+    assert {row.key for row in read_folder(tmp_path / "set")} == keys
+
+
 # ---------------------------------------------------------------- real photographs and broken files
 
 

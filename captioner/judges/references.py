@@ -7,6 +7,7 @@ CIDEr-D is written here: of the libraries that have it one ships 100 MB of Java,
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
@@ -26,6 +27,7 @@ from captioner.judges import files
 from captioner.judges.metrics import Array
 from captioner.judges.scores import Scores, ratio, tabulate
 from captioner.judges.words import words
+from captioner.sources.captions import read_table
 
 ORIGIN = "https://cocodataset.org/#download (captions_*.json), or write JSONL rows {key, references: [...]}"
 Tokens = Sequence[str]
@@ -62,9 +64,9 @@ class _Row(BaseModel):
 def read_references(path: Path, captions: Mapping[str, str]) -> tuple[dict[str, list[str]], int]:
     """References of every captioned image, by caption key, and how many images the file knows.
 
-    ``path`` is COCO's ``captions_*.json`` (caption keys end in the image number), or JSONL of
-    ``{"key", "references"}`` or of DOCCI's ``{"example_id", "description"}``. DataError for a missing or
-    unfit file, and for captioned images without a reference.
+    ``path`` is COCO's ``captions_*.json`` (caption keys end in the image number), a caption table in CSV or
+    TSV, or JSONL of ``{"key", "references"}`` or of DOCCI's ``{"example_id", "description"}``. DataError for
+    a missing or unfit file, and for captioned images without a reference.
     """
     if not path.is_file():
         raise files.missing(path.parent, path.name, ORIGIN)
@@ -76,6 +78,11 @@ def read_references(path: Path, captions: Mapping[str, str]) -> tuple[dict[str, 
             if row.image_id in keys:
                 known.setdefault(keys[row.image_id], []).append(row.caption)
         annotated = len({row.image_id for row in coco})
+    elif path.suffix in (".csv", ".tsv"):
+        for told in read_table(path):
+            if told.get("text"):
+                known.setdefault(os.path.splitext(told["file_name"])[0], []).append(told["text"])
+        annotated = len(known)
     else:
         for line in files.read_jsonl(path, _Row):
             known.setdefault(line.key, []).extend(line.references)

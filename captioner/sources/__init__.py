@@ -56,3 +56,9 @@ def exists(source: str) -> bool:
         return True
     base = gather.parse(source).base
     return base.startswith("hf:") or os.path.exists(base) or bool(glob.glob(base))
+
+
+def taken_in_part(source: str) -> bool:
+    """Whether a source has more behind it (``#SPLIT``, ``?count=20000``), so that it has to be laid out."""
+    spec = gather.parse(source)
+    return bool(spec.count or spec.split or spec.named)

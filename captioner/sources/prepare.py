@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -44,10 +45,12 @@ def prepare(
 
     ``longest`` is the longest side, in pixels; larger images are scaled down. The table has the captions that
     are there, and a column ``split``: ``validation`` for that share of the images, or of the folders, else
-    ``train``. Excel reads it. Originals are only read. Returns the count of images, and those left out.
+    ``train``; where there is a share, at least one. Excel reads it. Originals are only read. Returns the
+    count of images, and those left out.
     """
     failed: list[Failed] = []
     table: list[dict[str, str]] = []
+    held_out = _held_out({_unit(row, group) for row in rows}, validation, seed)
     with progress("preparing images", len(rows)) as bar:
         for row in rows:
             bar.advance()
@@ -60,8 +63,7 @@ def prepare(
             path = sidecar_path(out, row.key, suffix)
             path.parent.mkdir(parents=True, exist_ok=True)
             image.save(path, quality=QUALITY, subsampling=0)  # which PNG has no use for
-            unit = row.key if group == "file" else PurePosixPath(row.key).parent.as_posix()
-            split = "validation" if _share(unit, seed) < validation else "train"
+            split = "validation" if _unit(row, group) in held_out else "train"
             name = path.relative_to(out).as_posix()
             table.append({"file_name": name, "split": split, "text": one_line(row.caption or "")})
     with (out / TABLE).open("w", encoding="utf-8-sig", newline="") as file:
@@ -89,9 +91,14 @@ def _normalised(row: ImageRow, longest: int | None) -> Image.Image:
     return image
 
 
-def _share(unit: str, seed: int) -> float:
-    """A number from 0 to 1 that a file or folder always has."""
-    return int.from_bytes(hashlib.sha256(f"{seed}\0{unit}".encode()).digest()[:8]) / 2**64
+def _unit(row: ImageRow, group: Literal["file", "folder"]) -> str:
+    return row.key if group == "file" else PurePosixPath(row.key).parent.as_posix()
+
+
+def _held_out(units: set[str], share: float, seed: int) -> set[str]:
+    """So many files or folders, those first in the order of a hash: of fifty, chance alone may take none."""
+    order = sorted(units, key=lambda unit: hashlib.sha256(f"{seed}\0{unit}".encode()).digest())
+    return set(order[: math.ceil(share * len(order))])
 
 
 def problems(rows: Sequence[ImageRow]) -> list[Problem]:

@@ -14,7 +14,7 @@ from captioner.errors import ConfigError, DataError
 from captioner.files import atomic_dir
 from captioner.records import CaptionRow
 from captioner.runs import RunDir
-from captioner.sources import resolve
+from captioner.sources import resolve, taken_in_part
 from captioner.sources.folder import read_captions, write_jsonl, write_sidecar
 from loops.data.edge import check_free, plan, report
 
@@ -80,7 +80,7 @@ def _convert(
     if images is None:
         fix = f"captioner data convert {source} --to {to} --out {out} --images SOURCE"
         raise ConfigError(f"{to} holds the images, too", where="--images", fix=fix)
-    if laboratory.of_source(images):  # which `caption` rendered into its output
+    if laboratory.of_source(images) or taken_in_part(images):  # which `caption` laid out in its output
         images = str(resolve(images, cache=Path(source) / ".scenes"))
     with atomic_dir(out) as part:
         index = part / ".captions.sqlite"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,12 @@ import numpy as np
 from captioner.config import Config
 from captioner.progress import progress
 from captioner.runs import RunDir
+from captioner.sources import taken_in_part
 from captioner.sources.folder import caption_shards, read_captions, read_folder
 from captioner.sources.source import Item, open_source, read_shard
 from captioner.statements import split_statements
 from captioner.views import BadImage, load_image
-from loops.data.edge import plan
+from loops.data.edge import folder_of, plan
 
 __all__ = ["plan", "stats"]
 
@@ -28,8 +30,11 @@ def stats(run: RunDir, config: Config, source: str) -> None:
         config: Settings; none is read.
         source: Output of `captioner caption`, or a data set of images.
     """
-    captions = caption_shards(Path(source))
-    print("\n".join(_captioned(Path(source)) if captions else _images(source)))
+    if caption_shards(Path(source)):
+        print("\n".join(_captioned(Path(source))))
+        return
+    with folder_of(source) if taken_in_part(source) else nullcontext(source) as spec:
+        print("\n".join(_images(str(spec))))
 
 
 def _captioned(folder: Path) -> Iterator[str]:
