@@ -115,20 +115,8 @@ def caption(
         Refused: more than `max_failed` of the images failed, or shards could not be read.
     """
     given = _given(input, out)
-    args = Job(
-        run,
-        given[0],
-        Path(out or ""),
-        format=format,
-        checkpoint=checkpoint,
-        runner=runner,
-        workers=workers,
-        verify=verify,
-        drop_refuted=drop_refuted,
-        estimate=estimate,
-        retry_failed=retry_failed,
-        redo=redo,
-    )
+    how = (format, checkpoint, runner, workers, verify, drop_refuted, estimate, retry_failed, redo)
+    args = Job(run, given[0], Path(out or ""), *how)
     if estimate is not None:
         with TemporaryDirectory(prefix="captioner-") as place:
             _estimate(config, args if out else replace(args, out=Path(place)))

@@ -216,7 +216,7 @@ def test_dry_run_tells_what_is_done_and_what_is_stale(
         (["sft", "--epochs=3"], ["Unknown option: --epochs", "--sft.training.num_train_epochs?"]),
         (["golden", "--qqqqqq", "3"], ["Unknown option: --qqqqqq", "captioner golden --help"]),
         (["sft", "3"], ["unexpected argument 3", "captioner sft --help"]),
-        (["caption", "images"], ["--out", "captioner caption --help"]),
+        (["export"], ["--out", "captioner export --help"]),
         (
             ["caption", "images", "--out", "o", "--format", "csv"],
             ['Invalid value "csv" for --format', "parquet"],

@@ -97,7 +97,7 @@ def imports(name: str) -> Iterator[str]:
 
 LOOPS = {  # the modules of commands
     name for name in FILES if name.startswith("loops.") and "studies" not in name
-} - {"loops.cli", "loops.data", "loops.data.edge", "loops.stages"}
+} - {"loops.cli", "loops.data", "loops.data.edge", "loops.few", "loops.stages"}
 IMPORTS = {name: set(imports(name)) for name in FILES}
 
 
