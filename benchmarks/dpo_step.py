@@ -147,21 +147,19 @@ def memory(peak: bool = False) -> float:
 
 def shared(captioner: Any, renderer: Any, pairs: Any, paths: Any, training: Any, out: Path) -> None:
     from captioner.config import DPOConfig
-    from captioner.fit import preference, train
+    from captioner.fit import reference, trainers
+    from captioner.fit.examples import PairedImages, by_image
 
-    dpo = DPOConfig(beta=BETA, ce_weight=CE_WEIGHT)
-    collator = preference.PairCollator(renderer, pairs, paths, training, dpo, {})
-    args = preference.arguments(captioner, training, out, dpo)
+    objective = trainers.Preference(DPOConfig(beta=BETA, ce_weight=CE_WEIGHT))
+    collator = objective.collator(renderer, PairedImages(pairs, paths), training)
 
-    def reference() -> None:
-        scored = preference.score(trainer, pairs, "", training.per_device_train_batch_size)
-        collator.reference = preference.by_image(scored)
+    def score() -> None:
+        collator.reference = by_image(reference.score(trainer, training.per_device_train_batch_size))
 
-    with preference.shared_prefix(captioner) as seen:
-        trainer = train.make_trainer(preference._DPO, captioner, collator, args, turns(reference))
-        trainer.seen, trainer.dpo = seen, dpo
-        reference()
-        trainer.train()
+    told = trainers.arguments(captioner, training, out)
+    trainer = trainers.make(objective, captioner, collator, told, turns(score))
+    score()
+    trainer.train()
 
 
 def stock(captioner: Any, renderer: Any, pairs: Any, paths: Any, training: Any, out: Path) -> None:
@@ -172,7 +170,7 @@ def stock(captioner: Any, renderer: Any, pairs: Any, paths: Any, training: Any, 
 
     from captioner import prompts, views
     from captioner.config import DPOConfig
-    from captioner.fit import preference
+    from captioner.fit import trainers
 
     rows = []
     for pair in pairs:
@@ -183,7 +181,8 @@ def stock(captioner: Any, renderer: Any, pairs: Any, paths: Any, training: Any, 
             for side in ("chosen", "rejected")
         }
         rows.append({"images": cut, "prompt": [{"role": "user", "content": prompt}], **said})
-    args = preference.arguments(captioner, training, out, DPOConfig(beta=BETA, ce_weight=CE_WEIGHT))
+    objective = trainers.Preference(DPOConfig(beta=BETA, ce_weight=CE_WEIGHT))
+    _, args = objective.arguments(trainers.arguments(captioner, training, out))
     args.precompute_ref_log_probs = False  # TRL refuses it for images
     args.per_device_train_batch_size = len(pairs)
     captioner.model = AutoModelForImageTextToText.from_pretrained(captioner.path)  # its own is freed

@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.decode import build
 from captioner.config import AdapterTuning, ModelConfig, SoftPromptConfig, ViewsConfig
-from captioner.fit import train
+from captioner.fit import fit
 from captioner.lab import grid as scenes
 from captioner.models import model, render
 from captioner.models.model import Captioner
@@ -36,7 +36,7 @@ def main() -> None:
         build(Path(folder), args.hidden)
         captioner = model.load(ModelConfig(path=folder))
     prompt = SoftPromptConfig(length=8, init="northwest circle, northwest red")
-    train.tune(captioner, AdapterTuning(), prompt, 0)
+    fit.tune(captioner, AdapterTuning(), prompt, 0)
     captioner.model.train()
     kinds = {
         "six views": ViewsConfig(size=args.view, tags=False),

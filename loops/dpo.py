@@ -12,12 +12,11 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from captioner.config import Config, TrainingConfig
+from captioner.config import Config
 from captioner.errors import RunError
 from captioner.files import hash_path, remove_dir
 from captioner.fit import distributed
-from captioner.method import pairs as pairing
-from captioner.method import rounds, verdicts
+from captioner.fit.examples import PairedImages, Target, TrainingImages
 from captioner.processes import is_main
 from captioner.records import Golden, Pair
 from captioner.runs import Run, RunDir, Shards, Stage, input_of
@@ -34,6 +33,8 @@ def plan(run: Run, round: int) -> list[StagePlan]:
     inputs: dict[str, Path | str] = {"captioner": run.current_captioner(round)}
     inputs |= {"golden": home / "golden", "pairs": home / "pairs", "images": _images(run, round)}
     if (config.dpo.refuted_weight, config.dpo.confirmed_weight) != (1.0, 1.0):
+        from captioner.method import rounds  # the methods import scipy: --help would wait for it
+
         inputs |= rounds.judged(home)
     if config.dpo.alarms.every and config.dpo.alarms.max_kl:
         inputs["origin"] = run.captioner_dir(0)
@@ -71,7 +72,11 @@ def dpo(run: RunDir, config: Config, round: int = 1, *, redo: bool = False, gpus
 
 def _train(run: Run, stage: Stage, round: int) -> None:
     """Lint the pairs, train the reference and the captioner from it, and finish the stage."""
+    from captioner.fit import fit, trainers
+
     config, inputs = run.config, stage.inputs
+    dpo = config.dpo
+    trainers.check(trainers.Preference(dpo), dpo.training, fit.sharded(dpo.tuning))
     start, golden, pairs, images = (inputs[name] for name in ("captioner", "golden", "pairs", "images"))
     target = run.captioner_dir(round)
     rows = Shards(pairs, Pair).read_all()
@@ -80,15 +85,14 @@ def _train(run: Run, stage: Stage, round: int) -> None:
         raise RunError("the round has no pairs", where=str(pairs), fix=fix)
     with distributed.main_first(config.model.device):  # the held-out scenes may have to be drawn
         rows, seen = linted(run, rows, start)
-    print("pairs: " + ", ".join(f"{_short(count)} {name}" for name, count in seen.items()))
+    print("pairs: " + ", ".join(f"{count:.1f} {name}".replace(".0 ", " ") for name, count in seen.items()))
     paths = {row.key: row.path for row in read_folder(images, captions=False)}
     reference, metrics = start, {}
     if config.dpo.golden_sft_steps:
         reference = stage.dir / "reference"
-        captions = Shards(golden, Golden).read_all()
         if not reference.is_dir():
+            captions = Shards(golden, Golden).read_all()
             metrics = golden_sft(config, start, captions, rows, paths, stage.dir / "golden-sft", reference)
-        distributed.barrier()  # rank 0 publishes the reference
     judged = verdicts_of(inputs["claims"].parent) if "claims" in inputs else {}
     metrics |= prefer(config, reference, rows, paths, stage.dir, target, inputs.get("origin"), judged)
     if not is_main():
@@ -115,6 +119,8 @@ def linted(run: Run, rows: Sequence[Pair], checkpoint: Path) -> tuple[list[Pair]
     """The pairs that the linter lets through and what it counted; see :func:`captioner.method.pairs.lint`."""
     from transformers import AutoTokenizer
 
+    from captioner.method import pairs as pairing
+
     tokenizer = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
     held_out = {}
     for source in (run.config.gate.data, run.config.evaluate.data):
@@ -129,61 +135,12 @@ def linted(run: Run, rows: Sequence[Pair], checkpoint: Path) -> tuple[list[Pair]
 
 def verdicts_of(home: Path) -> dict[str, dict[str, str]]:
     """The verdict on each statement (normalised) of each image, from the round in ``home``."""
+    from captioner.method import verdicts
+
     found: dict[str, dict[str, str]] = {}
     for claim in verdicts.read(home):
         found.setdefault(claim.key, {})[normalise(claim.text)] = claim.verdict
     return found
-
-
-def _short(count: float) -> str:
-    return f"{count:.1f}" if isinstance(count, float) else str(count)
-
-
-def golden_sft(
-    config: Config,
-    start: Path,
-    captions: Sequence[Golden],
-    pairs: Sequence[Pair],
-    paths: dict[str, Path],
-    out: Path,
-    reference: Path,
-) -> dict[str, float]:
-    """A short SFT on the golden captions, and on ``golden_sft_samples`` rejected ones of each image.
-
-    Publishes the round's reference. A golden caption is not the captioner's own; before it has learned it,
-    DPO would push it where it never goes (Yang et al. 2025, OPA-DPO, arXiv 2501.09695).
-    """
-    from captioner.fit import train
-    from captioner.models import fuse, model, render
-
-    dpo = config.dpo
-    training = _seeded(
-        config,
-        max_steps=dpo.golden_sft_steps,
-        num_train_epochs=None,
-        learning_rate=dpo.golden_sft_learning_rate,
-    )
-    captioner = model.load(config.model.model_copy(update={"path": str(start)}))
-    train.tune(captioner, dpo.tuning, None, training.seed)
-    own: dict[str, list[str]] = {}
-    for pair in pairs:
-        own.setdefault(pair.key, []).append(pair.rejected)
-    targets = [
-        [
-            train.Target(None, each.sft_text or each.text, silent_parts(each)),
-            *(train.Target(None, text) for text in own.get(each.key, [])[: dpo.golden_sft_samples]),
-        ]
-        for each in captions
-    ]
-    keys = [golden.key for golden in captions]
-    images = train.TrainingImages(keys, [paths[key] for key in keys], lambda index, _rng: targets[index])
-    out.mkdir(exist_ok=True)
-    renderer = render.Renderer(captioner, config.views)
-    captioner.views = renderer.config
-    metrics = train.train_sft(captioner, renderer, images, training, out)
-    if is_main():
-        fuse.export(captioner, reference, train.ADAPTER)
-    return {f"golden_sft_{name}": value for name, value in metrics.items()}
 
 
 def silent_parts(golden: Golden) -> tuple[tuple[int, int], ...]:
@@ -197,49 +154,69 @@ def silent_parts(golden: Golden) -> tuple[tuple[int, int], ...]:
     return tuple(parts)
 
 
+def golden_sft(
+    config: Config,
+    start: Path,
+    captions: Sequence[Golden],
+    pairs: Sequence[Pair],
+    paths: Mapping[str, Path],
+    out: Path,
+    reference: Path,
+) -> dict[str, float]:
+    """A short SFT on the golden captions, and on ``golden_sft_samples`` rejected ones of each image.
+
+    Publishes the round's reference. A golden caption is not the captioner's own; before it has learned it,
+    DPO would push it where it never goes (Yang et al. 2025, OPA-DPO, arXiv 2501.09695).
+    """
+    from captioner.fit import fit, trainers
+
+    dpo = config.dpo
+    own: dict[str, list[str]] = {}
+    for pair in pairs:
+        own.setdefault(pair.key, []).append(pair.rejected)
+    targets = [
+        [
+            Target(None, each.sft_text or each.text, silent_parts(each)),
+            *(Target(None, text) for text in own.get(each.key, [])[: dpo.golden_sft_samples]),
+        ]
+        for each in captions
+    ]
+    keys = [golden.key for golden in captions]
+    images = TrainingImages(keys, [paths[key] for key in keys], lambda index, _rng: targets[index])
+    own_steps = {"max_steps": dpo.golden_sft_steps, "num_train_epochs": None}
+    training = dpo.training.model_copy(update={**own_steps, "learning_rate": dpo.golden_sft_learning_rate})
+    begin, objective = fit.Start(config, start), trainers.CrossEntropy()
+    out.mkdir(exist_ok=True)
+    metrics = fit.fit(begin, dpo.tuning, images, objective, training, out, reference, keep_adapter=False)
+    return {f"golden_sft_{name}": value for name, value in metrics.items()}
+
+
 def prefer(
     config: Config,
     reference: Path,
     pairs: Sequence[Pair],
-    paths: dict[str, Path],
+    paths: Mapping[str, Path],
     out: Path,
     target: Path,
     origin: Path | None = None,
     verdicts: Mapping[str, Mapping[str, str]] | None = None,
 ) -> dict[str, float]:
-    """Preference training from the reference with a fresh adapter; publishes ``out/adapter`` and ``target``.
+    """Preference training from the reference with a fresh tuning; publishes ``out/adapter`` and ``target``.
 
     ``origin`` is the captioner that the rounds began with, for the alarm of drift; it is measured and gone
     before the reference is loaded.
     """
-    from captioner.fit import alarms, preference, train
-    from captioner.models import adapters, fuse, model, render
+    from captioner.fit import alarms, fit, trainers
+    from captioner.models import model, render
 
-    dpo = config.dpo
-    training = _seeded(config)
-    measured = None
+    dpo, measured = config.dpo, None
     if origin is not None:
-        first = model.load(config.model.model_copy(update={"path": str(origin)}))
+        first = model.load(fit.Start(config, origin).model)
         said = [(paths[key], text) for key, text in {pair.key: pair.chosen for pair in pairs}.items()]
-        renderer = render.Renderer(first, config.views)
-        measured = alarms.origin(first, renderer, said[: dpo.alarms.images])
-        del first, renderer
-    captioner = model.load(config.model.model_copy(update={"path": str(reference)}))
-    train.tune(captioner, dpo.tuning, None, training.seed)
-    renderer = render.Renderer(captioner, config.views)
-    captioner.views = renderer.config
-    metrics = preference.train_preference(
-        captioner, renderer, pairs, paths, training, out, dpo, verdicts=verdicts, origin=measured
-    )
-    if is_main():
-        adapters.save(captioner, train.ADAPTER, out / "adapter")
-        fuse.export(captioner, target, train.ADAPTER)
-    return metrics
-
-
-def _seeded(config: Config, **changes: float | None) -> TrainingConfig:
-    seed = config.seed + config.dpo.training.seed
-    return config.dpo.training.model_copy(update={"seed": seed, **changes})
+        measured = alarms.origin(render.Renderer(first, config.views), said[: dpo.alarms.images])
+        del first
+    examples, objective = PairedImages(pairs, paths, verdicts or {}), trainers.Preference(dpo, measured)
+    return fit.fit(fit.Start(config, reference), dpo.tuning, examples, objective, dpo.training, out, target)
 
 
 def _images(run: Run, round: int) -> Path | str:

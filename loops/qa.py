@@ -1,6 +1,7 @@
 """captioner qa --round N [--gpus N]: train the verifier of a round and measure it on held-out images.
 
-A fresh adapter in the language model only, on the frozen current captioner, learns yes/no questions. Writes
+What ``qa.tuning`` says, on the current captioner, learns yes/no questions: by default a fresh adapter in the
+language model only, because so narrow a set would spoil the encoder. Writes
 round-N/qa/adapter, round-N/qa/captioner (the verifier, a stock checkpoint), round-N/qa/accuracy.json and
 round-N/qa/calibration.json (temperature and abstain band, fitted on the held-out questions).
 """
@@ -14,9 +15,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from captioner.config import AdapterTuning, Config, QAConfig
+from captioner.config import Config, QAConfig
 from captioner.files import atomic_write_json
 from captioner.fit import distributed
+from captioner.fit.examples import Target, TrainingImages
 from captioner.fit.rows import usable
 from captioner.judges import asking
 from captioner.method import qa as method
@@ -29,7 +31,6 @@ from loops.stages import StagePlan, begin
 
 if TYPE_CHECKING:
     from captioner.engines import Engine
-    from captioner.fit.train import Target, TrainingImages
 
 
 def plan(run: Run, round: int) -> list[StagePlan]:
@@ -96,9 +97,9 @@ def _make(config: Config, stage: Stage, what: str) -> None:
     rows = share_of(config, rows, judge=stage.name == asking.HOME)
     learned, held = method.split([row.key for row in rows], config.qa.holdout, seed)
     verifier = stage.dir / "captioner"
-    metrics = (
-        {} if verifier.is_dir() else train_verifier(config, start, [rows[i] for i in learned], stage.dir)
-    )
+    metrics = {}
+    if not verifier.is_dir():
+        metrics = train_verifier(config, start, [rows[i] for i in learned], stage.dir)
     if not is_main():
         return
     accuracies, calibration, again = measure(config, verifier, [rows[i] for i in held])
@@ -136,23 +137,11 @@ def share_of(config: Config, rows: Sequence[ImageRow], *, judge: bool) -> list[I
 
 
 def train_verifier(config: Config, start: Path, rows: Sequence[ImageRow], out: Path) -> dict[str, float]:
-    """Train the adapter; publish ``out/adapter`` and ``out/captioner``. The encoder stays as it is."""
-    from captioner.fit import train
-    from captioner.models import adapters, fuse, model, render
+    """Train the checkpoint ``start`` on questions; publishes ``out/adapter`` and ``out/captioner``."""
+    from captioner.fit import fit, trainers
 
-    captioner = model.load(config.model.model_copy(update={"path": str(start)}))
-    seed = config.seed + config.qa.training.seed
-    tuning = AdapterTuning(vision_width=0, language_width=config.qa.language_width)
-    train.tune(captioner, tuning, None, seed)
-    training = config.qa.training.model_copy(update={"seed": seed})
-    renderer = render.Renderer(captioner, config.views)
-    captioner.views = renderer.config
-    images = training_images(rows, config.qa)
-    metrics = train.train_sft(captioner, renderer, images, training, out)
-    if is_main():
-        adapters.save(captioner, train.ADAPTER, out / "adapter")
-        fuse.export(captioner, out / "captioner", train.ADAPTER)
-    return metrics
+    qa, images = config.qa, training_images(rows, config.qa)
+    return fit.fit(fit.Start(config, start), qa.tuning, images, trainers.CrossEntropy(), qa.training, out)
 
 
 def training_images(rows: Sequence[ImageRow], config: QAConfig) -> TrainingImages:
@@ -160,8 +149,6 @@ def training_images(rows: Sequence[ImageRow], config: QAConfig) -> TrainingImage
 
     Balanced within the image where it has such pairs, over all images where it has not.
     """
-    from captioner.fit.train import Target, TrainingImages
-
     spare = method.balance([row.questions or [] for row in rows], config.training.seed)
 
     def draw(index: int, rng: random.Random) -> list[Target]:

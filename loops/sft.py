@@ -14,19 +14,16 @@ import shutil
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from captioner import prompts
 from captioner.config import Config, SFTConfig
 from captioner.fit import distributed
+from captioner.fit.examples import Target, TrainingImages
 from captioner.fit.rows import usable
 from captioner.processes import is_main
 from captioner.runs import Run, RunDir, Stage, checkpoint_path
 from captioner.sources.folder import ImageRow, read_folder
 from loops.stages import StagePlan, begin, opened
-
-if TYPE_CHECKING:
-    from captioner.fit.train import Target, TrainingImages
 
 
 def plan(run: Run) -> list[StagePlan]:
@@ -64,8 +61,7 @@ def sft(run: RunDir, config: Config, *, redo: bool = False, gpus: int = 1) -> Pa
 
 def _train(config: Config, stage: Stage) -> None:
     sft, inputs = config.sft, stage.inputs
-    from captioner.fit import train
-    from captioner.models import adapters, fuse, model, render, soft_prompt
+    from captioner.fit import fit, trainers
 
     data = [path for name, path in inputs.items() if name.startswith("data ")]
 
@@ -77,33 +73,14 @@ def _train(config: Config, stage: Stage) -> None:
 
     images = learned(data, "failed")
     held_out = learned([inputs["validation"]], "failed-validation") if sft.validation else None
-    seed = config.seed + sft.training.seed
-    init = sft.tuning.init if sft.tuning.type == "full" else "pretrained"
-    captioner = model.load(config.model, init=init, seed=seed)
-    train.tune(captioner, sft.tuning, sft.soft_prompt, seed)
-    print(train.trainable_table(captioner.model))
-    renderer = render.Renderer(captioner, config.views)
-    captioner.views = renderer.config
-    training = sft.training.model_copy(update={"seed": seed})
-    shard = sft.tuning.type == "full" and sft.tuning.shard
-    metrics = train.train_sft(captioner, renderer, images, training, stage.dir, held_out, shard=shard)
+    start, objective = fit.Start(config), trainers.CrossEntropy(held_out)
+    card = {"Training": {"base": inputs["model"].name, "sft": sft.model_dump(mode="json")}}
+    metrics = fit.fit(
+        start, sft.tuning, images, objective, sft.training, stage.dir, prompt=sft.soft_prompt, card=card
+    )
     if not is_main():
         return
-    adapter = adapters.name_of(captioner)
-    if adapter:
-        adapters.save(captioner, adapter, stage.dir / "adapter")
-    if captioner.soft_prompt_ids:
-        soft_prompt.save(captioner, stage.dir / "adapter")
     counts = {"images": len(images), "steps": int(metrics["steps"])}
-    if sft.tuning.type == "adapters" and sft.tuning.placement != "parallel":
-        print(f"sft: a stock checkpoint cannot hold {sft.tuning.placement} adapters: no sft/captioner")
-    else:
-        card: dict[str, Any] = {
-            "Training": {"base": inputs["model"].name, "sft": sft.model_dump(mode="json")}
-        }
-        # the same training gives the same files, however long it took
-        card["Metrics"] = {name: value for name, value in metrics.items() if name != "seconds"}
-        fuse.export(captioner, stage.dir / "captioner", adapter, card)
     shutil.rmtree(stage.dir / "checkpoints")
     stage.finish(counts, metrics)
     losses = "".join(
@@ -120,17 +97,12 @@ def _lacking(row: ImageRow, columns: Sequence[str]) -> str | None:
 
 def training_images(rows: Sequence[ImageRow], sft: SFTConfig) -> TrainingImages:
     """The rows with what ``sft.columns`` names of each."""
-    from captioner.fit.train import TrainingImages
-
-    def draw(index: int, rng: random.Random) -> list[Target]:
-        return targets(rows[index], sft, rng)
-
-    return TrainingImages([row.key for row in rows], [row.path for row in rows], draw, sft.multi_view_share)
+    keys, paths = [row.key for row in rows], [row.path for row in rows]
+    return TrainingImages(keys, paths, lambda i, rng: targets(rows[i], sft, rng), sft.multi_view_share)
 
 
 def targets(row: ImageRow, sft: SFTConfig, rng: random.Random) -> list[Target]:
     """The captions of a row and a fresh draw of its questions."""
-    from captioner.fit.train import Target
     from captioner.method import qa
 
     found = []

@@ -252,15 +252,18 @@ def test_any_text_is_accepted_or_named(overrides: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "says"),
+    ("told", "says"),
     [
-        ("qa.training.early_stopping_patience", "2", "no validation loss"),
-        ("dpo.training.early_stopping_patience", "2", "no validation loss"),
-        ("dpo.tuning.placement", "sequential", "must be parallel"),
+        ({"qa.training.early_stopping_patience": "2"}, "no validation loss"),
+        ({"dpo.training.early_stopping_patience": "2"}, "no validation loss"),
+        ({"sft.training.early_stopping_patience": "2", "sft.validation": "none"}, "needs a validation loss"),
+        ({"dpo.tuning.placement": "sequential"}, "must be parallel"),
+        ({"qa.tuning.placement": "houlsby"}, "must be parallel"),
+        ({"qa.tuning.type": "full", "qa.tuning.init": "random"}, "must be pretrained"),
+        ({"dpo.tuning.type": "full", "dpo.tuning.init": "random"}, "must be pretrained"),
+        ({"qa.language_width": "8"}, r"now called qa\.tuning\.language_width"),
     ],
 )
-def test_a_field_that_a_training_cannot_keep_is_refused_at_the_start(
-    field: str, value: str, says: str
-) -> None:
+def test_a_field_that_a_training_cannot_keep_is_refused_at_the_start(told: dict[str, str], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
-        load(None, {field: value})
+        load(None, told)

@@ -37,7 +37,12 @@ def small(home: Path) -> dict[str, Any]:
         "model": {"path": str(home / "tiny"), "device": "cpu"},
         "max_failed": 1.0,
         "sft": {"data": ["scenes:sft:8"], "validation": "scenes:validation:4", "training": TRAINING},
-        "qa": {"data": "scenes:qa:8", "questions_per_image": 4, "language_width": 8, "training": TRAINING},
+        "qa": {
+            "data": "scenes:qa:8",
+            "questions_per_image": 4,
+            "tuning": {"type": "adapters", "vision_width": 0, "language_width": 8},
+            "training": TRAINING,
+        },
         "golden": {
             "images": str(home / "images"),
             "samples": 3,

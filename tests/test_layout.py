@@ -63,7 +63,7 @@ MAY_IMPORT_LOOPS = {"loops.iterate", "loops.demo"}  # and the studies, which run
 # word lists for any photograph, in which a square is a square
 ENGLISH = {f"captioner.method.{name}" for name in ("asking", "kinds", "shorthand", "tool", "words")}
 LONGEST_FUNCTION, LONGEST_MODULE = 60, 500  # lines
-TO_SPLIT = {"captioner.fit.train", "captioner.lab.grid"}
+TO_SPLIT = {"captioner.lab.grid"}
 
 
 def _name(file: Path) -> str:

@@ -24,7 +24,8 @@ from captioner.config import (
     TrainingConfig,
     ViewsConfig,
 )
-from captioner.fit import preference, train
+from captioner.fit import fit, trainers
+from captioner.fit.examples import PairedImages
 from captioner.models import adapters, model, render
 from captioner.models.model import Captioner
 from captioner.records import Pair
@@ -65,7 +66,7 @@ def pairs() -> list[Pair]:
 def start(tuning: AdapterTuning, soft: int) -> Captioner:
     """The frozen base with adapters whose weights do not depend on who draws them in which order."""
     captioner = model.load(ModelConfig(path=str(RUN / "base"), device="cpu", dtype="float32"))
-    train.tune(captioner, tuning, SoftPromptConfig(length=soft) if soft else None, 0)
+    fit.tune(captioner, tuning, SoftPromptConfig(length=soft) if soft else None, 0)
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for _, parameter in sorted(adapters._parameters(captioner).items()):
@@ -88,14 +89,16 @@ def test_sft(tmp_path: Path) -> None:
     captioner = start(AdapterTuning(vision_width=4, language_width=4), soft=4)
     settings = SFTConfig(columns=("shorthand", "questions"), questions_per_image=3, multi_view_share=0.5)
     images = sft.training_images(rows(), settings)
-    train.train_sft(captioner, render.Renderer(captioner, ViewsConfig()), images, TRAINING, tmp_path)
+    renderer = render.Renderer(captioner, ViewsConfig())
+    fit.train(renderer, images, trainers.CrossEntropy(), TRAINING, tmp_path)
     compare("sft", tmp_path)
 
 
 def test_qa(tmp_path: Path) -> None:
     captioner = start(AdapterTuning(vision_width=0, language_width=4), soft=0)
     images = qa.training_images(rows(), QAConfig(questions_per_image=4))
-    train.train_sft(captioner, render.Renderer(captioner, ViewsConfig()), images, TRAINING, tmp_path)
+    renderer = render.Renderer(captioner, ViewsConfig())
+    fit.train(renderer, images, trainers.CrossEntropy(), TRAINING, tmp_path)
     compare("qa", tmp_path)
 
 
@@ -104,5 +107,5 @@ def test_dpo(tmp_path: Path) -> None:
     dpo = DPOConfig(beta=0.3, ce_weight=0.7, alarms=AlarmsConfig(every=0, chosen_below=0))
     paths = {path.stem: path for path in IMAGES}
     renderer = render.Renderer(captioner, ViewsConfig())
-    preference.train_preference(captioner, renderer, pairs(), paths, TRAINING, tmp_path, dpo)
+    fit.train(renderer, PairedImages(pairs(), paths), trainers.Preference(dpo), TRAINING, tmp_path)
     compare("dpo", tmp_path)

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from captioner.config import Config, ModelConfig, QAConfig, TrainingConfig
+from captioner.config import AdapterTuning, Config, ModelConfig, QAConfig, TrainingConfig
 from captioner.errors import DataError, RunError
 from captioner.lab import grid as scenes
 from captioner.method import qa
@@ -25,6 +25,7 @@ from loops import qa as loop
 from tests.tiny import tiny_checkpoint
 
 QUESTIONS = scenes.questions(scenes.sample("qa", 3), 3)
+NARROW = AdapterTuning(vision_width=0, language_width=4)
 
 
 @settings(deadline=None, max_examples=40)
@@ -215,7 +216,7 @@ def test_qa_command(tmp_path: Path) -> None:
             data="scenes:qa:6",
             questions_per_image=4,
             holdout=0.34,
-            language_width=4,
+            tuning=NARROW,
             training=TrainingConfig(
                 max_steps=10,
                 per_device_train_batch_size=2,
@@ -275,7 +276,7 @@ def test_the_judge_learns_from_the_base_and_from_other_images(tmp_path: Path) ->
             "qa": {
                 "data": "scenes:qa:8",
                 "questions_per_image": 4,
-                "language_width": 4,
+                "tuning": NARROW,
                 "training": training,
             },
             "gate": {"data": str(tmp_path / "gate")},

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from captioner.config import Config, QAConfig, TrainingConfig
+from captioner.config import AdapterTuning, Config, QAConfig, TrainingConfig
 from captioner.errors import DataError, Refused
 from captioner.lab import grid as scenes
 from captioner.method import qa
@@ -220,7 +220,14 @@ def test_a_verifier_learns_from_a_question_file(tmp_path: Path) -> None:
     rows.append({**rows[-1], "question": "center red", "answer": "yes"})  # one "yes" too many
     file = write(folder / "asked.jsonl", rows)
     training = TrainingConfig(max_steps=2, per_device_train_batch_size=2, save_steps=2)
-    config = Config(qa=QAConfig(data=str(file), holdout=0.34, language_width=4, training=training))
+    config = Config(
+        qa=QAConfig(
+            data=str(file),
+            holdout=0.34,
+            tuning=AdapterTuning(vision_width=0, language_width=4),
+            training=training,
+        )
+    )
     Run.open(tmp_path / "run", config)
     tiny_checkpoint(tmp_path / "run" / "sft" / "captioner")
     loop.qa(tmp_path / "run", config, 1)

@@ -1,4 +1,4 @@
-"""captioner/fit/train.py and loops/sft.py on a tiny random model."""
+"""captioner/fit/fit.py and loops/sft.py on a tiny random model."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers import TrainerCallback
+from trl.trainer.utils import add_fused_lm_head
 
 from captioner.config import (
     AdapterTuning,
@@ -25,7 +27,10 @@ from captioner.config import (
     ViewsConfig,
 )
 from captioner.errors import ConfigError, DataError, Refused, RunError
-from captioner.fit import train
+from captioner.fit import fit, log, trainers
+from captioner.fit.batches import Collator, Order
+from captioner.fit.examples import Target, TrainingImages
+from captioner.fit.trainers import CrossEntropy
 from captioner.lab import grid as scenes
 from captioner.models import model, render
 from captioner.models.model import Captioner
@@ -63,20 +68,21 @@ def prepared(
 ) -> Captioner:
     captioner = tiny_captioner(family, dtype=dtype)
     tuning = tuning or AdapterTuning(vision_width=4, language_width=4)
-    train.tune(captioner, tuning, SoftPromptConfig(length=soft) if soft else None, seed)
+    fit.tune(captioner, tuning, SoftPromptConfig(length=soft) if soft else None, seed)
     return captioner
 
 
-def fit(
+def sft(
     captioner: Captioner,
     rows: Sequence[ImageRow],
     out: Path,
     training: TrainingConfig = TRAINING,
+    validation: TrainingImages | None = None,
     **more: Any,
 ) -> dict[str, float]:
     renderer = render.Renderer(captioner, ViewsConfig())
     images = loop.training_images(rows, SETTINGS)
-    return train.train_sft(captioner, renderer, images, training, out, **more)
+    return fit.train(renderer, images, CrossEntropy(validation), training, out, **more)
 
 
 def state(captioner: Captioner) -> dict[str, torch.Tensor]:
@@ -92,16 +98,15 @@ def test_loss_is_cross_entropy_of_the_answers(rows: list[ImageRow], tmp_path: Pa
     captioner = prepared()
     renderer = render.Renderer(captioner, ViewsConfig())
     images = loop.training_images(rows, SETTINGS)
-    collator = train.Collator(renderer, images, 0, 2)
-    trainer = train.make_trainer(
-        train._SFT, captioner, collator, train.sft_arguments(captioner, TRAINING, tmp_path)
-    )
+    collator = Collator(renderer, images, 0, 2)
+    told = trainers.arguments(captioner, TRAINING, tmp_path)
+    trainer = trainers.make(CrossEntropy(), captioner, collator, told)
     batch = collator([{"position": 2}, {"position": 3}])
     batch.pop("positions")
     loss = trainer.compute_loss(captioner.model, batch)
 
     total, tokens = torch.zeros(()), 0
-    order = train.Order(len(rows), 0)
+    order = Order(len(rows), 0)
     for position in (2, 3):  # batch 1: all views
         patches, grid = renderer.patches_batch([collator._image(order(position))])[0]
         for target in collator._targets(order(position), position):
@@ -114,17 +119,27 @@ def test_loss_is_cross_entropy_of_the_answers(rows: list[ImageRow], tmp_path: Pa
     torch.testing.assert_close(loss, total / tokens, rtol=1e-5, atol=1e-5)
 
 
-def test_trls_patch_of_the_model_is_gone_afterwards(rows: list[ImageRow], tmp_path: Path) -> None:
+def test_a_training_leaves_the_models_forward_and_special_tokens(
+    rows: list[ImageRow], tmp_path: Path
+) -> None:
     captioner = prepared()
-    fit(captioner, rows, tmp_path)
+
+    def special() -> list[Any]:
+        configs = (captioner.model.generation_config, captioner.model.config.get_text_config())
+        return [getattr(one, f"{name}_token_id", None) for one in configs for name in ("bos", "eos", "pad")]
+
+    before = special()
+    assert before[2] != captioner.tokenizer.pad_token_id  # which transformers would put there
+    sft(captioner, rows, tmp_path)
     assert "forward" not in captioner.model.__dict__  # TRL's patch is gone
+    assert special() == before
 
 
 @pytest.mark.parametrize("tuning", [AdapterTuning(vision_width=4, language_width=4), FullTuning()])
 def test_what_trains_moves_and_the_rest_stays(rows: list[ImageRow], tmp_path: Path, tuning: Any) -> None:
     captioner = prepared(tuning)
     before = state(captioner)
-    fit(captioner, rows, tmp_path)
+    sft(captioner, rows, tmp_path)
     after = state(captioner)
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     trained = {name for name, p in captioner.model.named_parameters() if p.requires_grad}
@@ -139,11 +154,13 @@ def test_what_trains_moves_and_the_rest_stays(rows: list[ImageRow], tmp_path: Pa
         assert any("visual" in name for name in trained) and any("language" in name for name in trained)
 
 
-def test_resumed_run_equals_an_uninterrupted_one(rows: list[ImageRow], tmp_path: Path) -> None:
+def test_resumed_run_equals_an_uninterrupted_one(
+    rows: list[ImageRow], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     straight, resumed = prepared(), prepared()
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-    wanted = fit(straight, rows, tmp_path / "a")
+    wanted = sft(straight, rows, tmp_path / "a")
 
     class Killed(Exception):
         pass
@@ -151,7 +168,7 @@ def test_resumed_run_equals_an_uninterrupted_one(rows: list[ImageRow], tmp_path:
     images = loop.training_images(rows, SETTINGS)
     seen = 0
 
-    def draw(index: int, rng: random.Random) -> Sequence[train.Target]:
+    def draw(index: int, rng: random.Random) -> Sequence[Target]:
         nonlocal seen
         seen += 1
         # lengths are checked once; in the fifth step (batches are fetched one ahead), after a checkpoint
@@ -159,19 +176,18 @@ def test_resumed_run_equals_an_uninterrupted_one(rows: list[ImageRow], tmp_path:
             raise Killed
         return images.draw(index, rng)
 
-    dying = train.TrainingImages(images.keys, images.paths, draw, images.multi_view_share)
+    dying = TrainingImages(images.keys, images.paths, draw, images.multi_view_share)
     with pytest.raises(Killed):
         renderer = render.Renderer(resumed, ViewsConfig())
-        train.train_sft(resumed, renderer, dying, TRAINING, tmp_path / "b")
+        fit.train(renderer, dying, CrossEntropy(), TRAINING, tmp_path / "b")
     # the process died while it wrote another checkpoint, too
     torn = tmp_path / "b" / "checkpoints" / "checkpoint-5"
     torn.mkdir()
     (torn / "trainer_state.json").write_text('{"global_step": 5, "ep')
 
     resumed = prepared()
-    told: list[str] = []
-    got = fit(resumed, rows, tmp_path / "b", report=told.append)
-    assert told == ["resuming from step 4"]
+    got = sft(resumed, rows, tmp_path / "b")
+    assert "resuming from step 4\n" in capsys.readouterr().out
     assert logged(tmp_path / "b") == pytest.approx(logged(tmp_path / "a"), abs=1e-6)
     assert got["loss"] == pytest.approx(wanted["loss"], abs=1e-6)
     for (name, a), b in zip(state(straight).items(), state(resumed).values(), strict=True):
@@ -180,7 +196,7 @@ def test_resumed_run_equals_an_uninterrupted_one(rows: list[ImageRow], tmp_path:
 
 def test_checkpoints_hold_no_pickle_and_no_base(rows: list[ImageRow], tmp_path: Path) -> None:
     captioner = prepared()
-    fit(captioner, rows, tmp_path)
+    sft(captioner, rows, tmp_path)
     files = [path for path in (tmp_path / "checkpoints").rglob("*") if path.is_file()]
     assert {path.suffix for path in files} == {".json", ".safetensors"}
     trained = sum(p.numel() for p in captioner.model.parameters() if p.requires_grad)
@@ -206,22 +222,22 @@ def test_a_loss_that_is_not_finite_names_its_batch(rows: list[ImageRow], tmp_pat
     nan_id = captioner.soft_prompt_ids.pop()  # no other prompt shows it
     renderer = Poisoned(captioner, ViewsConfig())
     images = loop.training_images([*rows[:3], poison, *rows[4:]], SETTINGS)
-    order = train.Order(len(rows), TRAINING.seed)
+    order = Order(len(rows), TRAINING.seed)
     position = next(p for p in range(len(rows)) if order(p) == 3)
     first = position - position % TRAINING.per_device_train_batch_size
     with pytest.raises(RunError) as caught:
-        train.train_sft(captioner, renderer, images, TRAINING, tmp_path)
+        fit.train(renderer, images, CrossEntropy(), TRAINING, tmp_path)
     batch = [images.keys[order(first + i)] for i in range(TRAINING.per_device_train_batch_size)]
     assert caught.value.where == "images " + ", ".join(batch)
     assert f"step {position // TRAINING.per_device_train_batch_size + 1}" in caught.value.what
 
 
 def test_order_visits_every_image_once_an_epoch() -> None:
-    order = train.Order(5, 0)
+    order = Order(5, 0)
     epochs = [[order(5 * epoch + i) for i in range(5)] for epoch in range(3)]
     assert all(sorted(epoch) == list(range(5)) for epoch in epochs)
     assert epochs[0] != epochs[1]
-    again = train.Order(5, 0)
+    again = Order(5, 0)
     assert again(7) == epochs[1][2] and again(1) == epochs[0][1]  # in any order of asking
 
 
@@ -229,16 +245,14 @@ def test_order_visits_every_image_once_an_epoch() -> None:
 def test_share_of_multi_view_batches(rows: list[ImageRow], share: float, wanted: int) -> None:
     captioner = prepared()
     images = loop.training_images(rows, SETTINGS.model_copy(update={"multi_view_share": share}))
-    collator = train.Collator(render.Renderer(captioner, ViewsConfig()), images, 0, 2)
+    collator = Collator(render.Renderer(captioner, ViewsConfig()), images, 0, 2)
     views = [len(collator([{"position": 2 * i}])["image_grid_thw"]) for i in range(20)]
     assert views.count(6) == wanted and views.count(1) == 20 - wanted
 
 
 def test_draws_differ_between_epochs_and_repeat_for_a_position(rows: list[ImageRow]) -> None:
     captioner = prepared()
-    collator = train.Collator(
-        render.Renderer(captioner, ViewsConfig()), loop.training_images(rows, SETTINGS), 0, 2
-    )
+    collator = Collator(render.Renderer(captioner, ViewsConfig()), loop.training_images(rows, SETTINGS), 0, 2)
     first, again, other = (collator._targets(0, position) for position in (3, 3, 10))
     assert first == again and first != other
 
@@ -247,7 +261,7 @@ def test_an_unreadable_image_is_named(rows: list[ImageRow], tmp_path: Path) -> N
     (tmp_path / "x.png").write_bytes(b"no image")
     broken = ImageRow("x", tmp_path / "x.png", "gray background", questions=rows[0].questions)
     with pytest.raises(DataError, match=r"x\.png"):
-        fit(prepared(), [broken], tmp_path)
+        sft(prepared(), [broken], tmp_path)
 
 
 def test_a_row_beyond_the_models_reach_is_named(rows: list[ImageRow], tmp_path: Path) -> None:
@@ -255,14 +269,15 @@ def test_a_row_beyond_the_models_reach_is_named(rows: list[ImageRow], tmp_path: 
     captioner.model.config.get_text_config().max_position_embeddings = 150
     long = ImageRow("long", rows[0].path, "gray background, " * 30, questions=rows[0].questions)
     with pytest.raises(DataError, match="long"):
-        fit(captioner, [rows[1], long], tmp_path)
+        sft(captioner, [rows[1], long], tmp_path)
 
 
 def test_validation_loss_is_token_weighted(rows: list[ImageRow]) -> None:
     captioner = prepared()
     renderer = render.Renderer(captioner, ViewsConfig())
     images = loop.training_images(rows, SETTINGS.model_copy(update={"multi_view_share": 1.0}))
-    losses = [train.validation_loss(captioner, renderer, images, size) for size in (1, 3, 7)]
+    add_fused_lm_head(captioner.model)  # as TRL's trainer does
+    losses = [log.validation_loss(renderer, images, size) for size in (1, 3, 7)]
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
 
 
@@ -304,7 +319,7 @@ def test_epochs_become_steps(epochs: float | None, images: int, processes: int, 
     training = TrainingConfig(
         num_train_epochs=epochs, per_device_train_batch_size=2, gradient_accumulation_steps=2
     )
-    assert train.by_steps(training, images, processes).max_steps == steps
+    assert fit.by_steps(training, images, processes).max_steps == steps
 
 
 def test_sft_command(tmp_path: Path) -> None:
@@ -342,7 +357,7 @@ def test_gradient_checkpointing_gives_the_same_losses(rows: list[ImageRow], tmp_
         layer = captioner.layers["language"][0].get_submodule("mlp")
         layer.register_forward_pre_hook(lambda *_, runs=runs: runs.append(1))
         (tmp_path / name).mkdir()
-        fit(captioner, rows, tmp_path / name, TRAINING.model_copy(update={"gradient_checkpointing": on}))
+        sft(captioner, rows, tmp_path / name, TRAINING.model_copy(update={"gradient_checkpointing": on}))
         assert len(runs) == TRAINING.max_steps * (2 if on else 1)
         assert not captioner.model.is_gradient_checkpointing
     assert logged(tmp_path / "b") == pytest.approx(logged(tmp_path / "a"), abs=1e-4)
@@ -352,11 +367,11 @@ def test_microbatches_take_the_same_steps(rows: list[ImageRow], tmp_path: Path) 
     for name, micro in (("a", None), ("b", 1)):
         (tmp_path / name).mkdir()
         training = TRAINING.model_copy(update={"microbatch_size": micro})
-        fit(prepared(), rows, tmp_path / name, training, validation=loop.training_images(rows, SETTINGS))
+        sft(prepared(), rows, tmp_path / name, training, validation=loop.training_images(rows, SETTINGS))
     for loss in ("loss", "validation_loss"):
         assert logged(tmp_path / "b", loss) == pytest.approx(logged(tmp_path / "a", loss), abs=2e-4)
     with pytest.raises(ConfigError, match="Microbatches of 3 images"):
-        fit(prepared(), rows, tmp_path, TRAINING.model_copy(update={"microbatch_size": 3}))
+        sft(prepared(), rows, tmp_path, TRAINING.model_copy(update={"microbatch_size": 3}))
 
 
 def test_large_models_are_trained_image_by_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -364,13 +379,13 @@ def test_large_models_are_trained_image_by_image(tmp_path: Path, monkeypatch: py
         prepared(),
         TrainingConfig(per_device_train_batch_size=16, gradient_accumulation_steps=2),
     )
-    small = train.sft_arguments(captioner, training, tmp_path)
-    monkeypatch.setattr(train, "LARGE", captioner.model.num_parameters() - 1)
-    large = train.sft_arguments(captioner, training, tmp_path)
+    small = trainers.arguments(captioner, training, tmp_path)
+    monkeypatch.setattr(trainers, "LARGE", captioner.model.num_parameters() - 1)
+    large = trainers.arguments(captioner, training, tmp_path)
     told = training.model_copy(update={"gradient_checkpointing": False, "microbatch_size": 4})
     found = [
-        (a.per_device_train_batch_size, a.gradient_accumulation_steps, a.gradient_checkpointing)
-        for a in (small, large, train.sft_arguments(captioner, told, tmp_path))
+        (a["per_device_train_batch_size"], a["gradient_accumulation_steps"], a["gradient_checkpointing"])
+        for a in (small, large, trainers.arguments(captioner, told, tmp_path))
     ]
     assert found == [(16, 2, False), (1, 32, True), (4, 8, False)]
 
@@ -383,8 +398,9 @@ def test_validation_makes_no_logits_of_every_token(rows: list[ImageRow]) -> None
     captioner.model.get_output_embeddings().register_forward_hook(
         lambda _module, _args, output: seen.append(output.shape)
     )
-    train.validation_loss(captioner, renderer, images, 2)
-    assert seen == [] and "forward" not in captioner.model.__dict__
+    add_fused_lm_head(captioner.model)  # as TRL's trainer does
+    log.validation_loss(renderer, images, 2)
+    assert seen == []
 
 
 def test_early_stop_keeps_the_best(
@@ -399,29 +415,29 @@ def test_early_stop_keeps_the_best(
         seen[step] = state(captioner)
         return losses[step]
 
-    monkeypatch.setattr(train, "validation_loss", validation_loss)
+    monkeypatch.setattr(log, "validation_loss", validation_loss)
     training = TRAINING.model_copy(update={"max_steps": 12, "early_stopping_patience": 2})
     images = loop.training_images(rows, SETTINGS)
-    metrics = fit(captioner, rows, tmp_path, training, validation=images)
+    metrics = sft(captioner, rows, tmp_path, training, validation=images)
     assert list(seen) == [2, 4, 6, 8]  # 6 and 8 are no better than 4
     assert logged(tmp_path, "validation_loss") == [3.0, 1.0, 2.0, 1.5]
     assert (metrics["validation_loss"], metrics["best_step"]) == (1.0, 4)
     assert all(torch.equal(value, seen[4][name]) for name, value in state(captioner).items())
     assert any(not torch.equal(value, seen[8][name]) for name, value in state(captioner).items())
     with pytest.raises(ConfigError, match="needs a validation loss"):
-        fit(prepared(), rows, tmp_path / "none", training)
+        sft(prepared(), rows, tmp_path / "none", training)
 
 
 def test_a_validation_missed_by_a_killed_process_is_made_up_for(rows: list[ImageRow], tmp_path: Path) -> None:
     images = loop.training_images(rows, SETTINGS)
-    fit(prepared(), rows, tmp_path, validation=images)
+    sft(prepared(), rows, tmp_path, validation=images)
     file = tmp_path / "metrics.jsonl"
     whole = file.read_text()
     # killed between the checkpoint of step 4 and its validation
     kept = [line for line in whole.splitlines() if json.loads(line)["step"] <= 4][:-1]
     file.write_text("".join(line + "\n" for line in kept))
     shutil.rmtree(tmp_path / "checkpoints" / "checkpoint-6")
-    fit(prepared(), rows, tmp_path, validation=images)
+    sft(prepared(), rows, tmp_path, validation=images)
     again, first = map(logged, (tmp_path, tmp_path), ("validation_loss", "loss"))
     lines = [json.loads(line) for line in whole.splitlines()]
     assert again == pytest.approx([line["validation_loss"] for line in lines if "validation_loss" in line])
@@ -435,17 +451,17 @@ def test_a_tracker_gets_what_metrics_jsonl_gets(
 
     told: list[dict[str, float]] = []
 
-    class Tracker(train.TrainerCallback):
+    class Tracker(TrainerCallback):
         def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
             told.append(dict(logs))
 
     training = TRAINING.model_copy(update={"report_to": ("tensorboard",)})
     with pytest.raises(ConfigError, match="tensorboard is not installed"):
         monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
-        fit(prepared(), rows, tmp_path, training)
+        sft(prepared(), rows, tmp_path, training)
     monkeypatch.setattr("importlib.util.find_spec", lambda _name: True)
     monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "tensorboard", Tracker)
-    fit(prepared(), rows, tmp_path, training, validation=loop.training_images(rows, SETTINGS))
+    sft(prepared(), rows, tmp_path, training, validation=loop.training_images(rows, SETTINGS))
     for name in ("loss", "validation_loss"):
         assert [logs[name] for logs in told if name in logs] == logged(tmp_path, name)
 
@@ -463,7 +479,7 @@ def test_bfloat16_weights_train_in_float32_and_nothing_else_does(
         )
     )
     moving = {name: p for name, p in state(captioner).items() if "merger" in name and "visual" in name}
-    fit(captioner, rows, tmp_path)
+    sft(captioner, rows, tmp_path)
     assert during == {(True, torch.float32), (False, torch.bfloat16)}
     after = state(captioner)
     assert all(after[name].dtype == torch.bfloat16 for name in moving)
@@ -472,7 +488,7 @@ def test_bfloat16_weights_train_in_float32_and_nothing_else_does(
     captioner = prepared(dtype=torch.bfloat16)
     captioner.visual.get_submodule("merger").float()
     with pytest.raises(RunError, match=r"frozen parameters are torch\.float32") as caught:
-        fit(captioner, rows, tmp_path / "odd")
+        sft(captioner, rows, tmp_path / "odd")
     assert "merger" in caught.value.where
 
 
@@ -481,7 +497,7 @@ def test_captions_beyond_the_models_reach_are_counted_and_named_at_once(rows: li
     renderer = render.Renderer(captioner, ViewsConfig())
     long = [ImageRow(f"long-{i}", rows[i].path, "gray, " * 60, questions=rows[i].questions) for i in range(2)]
     images = loop.training_images([*rows, *long], SETTINGS)
-    collator = train.Collator(renderer, images, 0, 2)
+    collator = Collator(renderer, images, 0, 2)
     collator.check_lengths()
     _, grid = renderer.patches_batch([collator._image(0)])[0]
     reach = renderer.prefix(grid, renderer.tags()).next_position

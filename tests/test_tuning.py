@@ -22,7 +22,7 @@ from captioner.config import (
     load,
 )
 from captioner.errors import CheckpointError, ConfigError, Refused
-from captioner.fit import train
+from captioner.fit import fit
 from captioner.models import adapters, fuse, model, soft_prompt
 from captioner.models.card import model_card
 from captioner.models.model import Captioner, describe_trainable
@@ -59,7 +59,7 @@ SOFT = SoftPromptConfig(length=3, init="Caption in shorthand.")
 
 def tuned(tuning: Tuning, family: str = "qwen3_vl", dtype: torch.dtype = torch.float32) -> Captioner:
     captioner = tiny_captioner(family, dtype)
-    train.tune(captioner, tuning, SOFT, seed=4)
+    fit.tune(captioner, tuning, SOFT, seed=4)
     return captioner
 
 
@@ -99,10 +99,10 @@ def test_frozen_stays_trainable_moves_and_the_export_is_the_same(
 @pytest.mark.parametrize("name", ["lora", "dora", "vera", "lora and merger", "adapters in some layers"])
 def test_float32_export_and_saved_adapter(name: str, tmp_path: Path) -> None:
     captioner = tiny_checkpoint(tmp_path / "base")
-    train.tune(captioner, TUNINGS[name], SOFT, seed=4)
+    fit.tune(captioner, TUNINGS[name], SOFT, seed=4)
     shake(captioner)
     expected = logits(captioner, fed(captioner))
-    adapters.save(captioner, train.ADAPTER, tmp_path / "adapter")
+    adapters.save(captioner, fit.ADAPTER, tmp_path / "adapter")
     soft_prompt.save(captioner, tmp_path / "adapter")
     again = model.load(tmp_path / "base")
     adapters.load(again, "other", tmp_path / "adapter")
@@ -141,7 +141,7 @@ def test_table_of_what_trains() -> None:
     assert head == {
         "model.language_model.embed_tokens": len(tuned(TUNINGS["head"]).tokenizer) * 64 - 3 * 64 + 3 * 64
     }
-    table = train.trainable_table(tuned(TUNINGS["merger"]).model)
+    table = fit.trainable_table(tuned(TUNINGS["merger"]).model)
     assert "model.visual.merger" in table and "%" in table
 
 
@@ -252,16 +252,16 @@ def test_unknown_layer_nothing_that_trains_and_text_without_tokens() -> None:
         tuned(AdapterTuning(language_layers=(0, 2)))
     for tuning in (PartsTuning(parts=()), AdapterTuning(vision_width=0, language_width=0)):
         with pytest.raises(ConfigError, match="Nothing would train"):
-            train.tune(tiny_captioner(), tuning, None, seed=0)
+            fit.tune(tiny_captioner(), tuning, None, seed=0)
         with pytest.raises(ConfigError, match="Nothing would train"):
-            train.tune(tiny_captioner(), tuning, SoftPromptConfig(trainable=False), seed=0)
+            fit.tune(tiny_captioner(), tuning, SoftPromptConfig(trainable=False), seed=0)
     with pytest.raises(ConfigError, match="has no tokens"):
-        train.tune(tiny_captioner(), PartsTuning(), SoftPromptConfig(init=""), seed=0)
+        fit.tune(tiny_captioner(), PartsTuning(), SoftPromptConfig(init=""), seed=0)
 
 
 def test_frozen_soft_prompt_stays() -> None:
     captioner = tiny_captioner()
-    train.tune(captioner, TUNINGS["lora"], SOFT.model_copy(update={"trainable": False}), seed=0)
+    fit.tune(captioner, TUNINGS["lora"], SOFT.model_copy(update={"trainable": False}), seed=0)
     assert not soft_prompt.rows(captioner).requires_grad
     before = soft_prompt.rows(captioner).detach().clone()
     step(captioner, fed=fed(captioner))
@@ -288,7 +288,7 @@ def test_four_bits_need_a_gpu_and_their_library(tmp_path: Path, monkeypatch: pyt
 
 def test_pickled_adapter_is_not_read(tmp_path: Path) -> None:
     captioner = tuned(TUNINGS["lora"])
-    adapters.save(captioner, train.ADAPTER, tmp_path)
+    adapters.save(captioner, fit.ADAPTER, tmp_path)
     (tmp_path / "adapter.safetensors").unlink()
     torch.save({"x": torch.zeros(1)}, tmp_path / "adapter_model.bin")
     with pytest.raises(CheckpointError, match="cannot be read"):

@@ -134,6 +134,7 @@ RENAMED = {
     "tuning.rank_stabilized": "use_rslora",
     "engine.batch_size": "max_num_seqs",
     "dpo.loss": "loss_type",
+    "qa.language_width": "tuning.language_width",
 }
 # what people call a field elsewhere
 SYNONYMS = {

@@ -89,13 +89,6 @@ class TrainingConfig(Section):
     None = the whole batch, or 1 for models of more than 500 M parameters."""
 
 
-def check_no_patience(training: TrainingConfig) -> None:
-    if training.early_stopping_patience:
-        raise ValueError(
-            "training.early_stopping_patience must be 0: this training has no validation loss to stop on"
-        )
-
-
 Part = Literal["merger", "vision", "language", "head", "embeddings"]
 
 
@@ -159,6 +152,18 @@ class FullTuning(Section):
 
 
 Tuning = Annotated[AdapterTuning | LoraTuning | PartsTuning | FullTuning, Field(discriminator="type")]
+
+
+def check_round(training: TrainingConfig, tuning: Tuning) -> None:
+    """Raise ValueError for what a training of a round cannot keep."""
+    if training.early_stopping_patience:
+        raise ValueError(
+            "training.early_stopping_patience must be 0: this training has no validation loss to stop on"
+        )
+    if isinstance(tuning, AdapterTuning) and tuning.placement != "parallel":
+        raise ValueError("tuning.placement must be parallel: this training ends with an exported checkpoint")
+    if isinstance(tuning, FullTuning) and tuning.init != "pretrained":
+        raise ValueError("tuning.init must be pretrained: this training starts from a captioner")
 
 
 class SoftPromptConfig(Section):

@@ -14,7 +14,7 @@ from captioner.config.models import (
     TrainingConfig,
     Tuning,
     ViewsOverride,
-    check_no_patience,
+    check_round,
 )
 
 
@@ -33,6 +33,12 @@ class SFTConfig(Section):
     soft_prompt: SoftPromptConfig = SoftPromptConfig()
     training: TrainingConfig = TrainingConfig()
 
+    @model_validator(mode="after")
+    def _can_stop(self) -> Self:
+        if self.training.early_stopping_patience and self.validation is None:
+            raise ValueError("training.early_stopping_patience needs a validation loss: set sft.validation")
+        return self
+
 
 class QAConfig(Section):
     data: str = "scenes:qa:512"
@@ -41,15 +47,14 @@ class QAConfig(Section):
     """Questions drawn per image and step; they share the image's forward pass."""
     holdout: float = Field(0.15, gt=0, lt=1)
     """Share of the images kept for measuring accuracy; split by image."""
-    language_width: int = Field(64, ge=1)
-    """Inner units of the QA adapter of each language layer."""
     band_accuracy: float = Field(0.7, ge=0.5, lt=1)
     """What "yes" and "no" must reach on held-out questions; where they do not, a claim may be asked again."""
     training: TrainingConfig = TrainingConfig(max_steps=150)
+    tuning: Tuning = AdapterTuning(vision_width=0)
 
     @model_validator(mode="after")
-    def _no_early_stop(self) -> Self:
-        check_no_patience(self.training)
+    def _fitting(self) -> Self:
+        check_round(self.training, self.tuning)
         return self
 
 
@@ -217,7 +222,7 @@ class DPOConfig(Section):
     """Peak rate of that SFT."""
     golden_sft_samples: int = Field(0, ge=0)
     """Rejected samples of each image that this SFT learns beside its golden caption; 0 = golden alone."""
-    tuning: AdapterTuning = AdapterTuning()
+    tuning: Tuning = AdapterTuning()
     training: TrainingConfig = TrainingConfig(
         max_steps=40, per_device_train_batch_size=8, learning_rate=3e-4, save_steps=20
     )
@@ -225,9 +230,7 @@ class DPOConfig(Section):
 
     @model_validator(mode="after")
     def _fitting(self) -> Self:
-        check_no_patience(self.training)
-        if self.tuning.placement != "parallel":
-            raise ValueError("tuning.placement must be parallel: a round ends with an exported captioner")
+        check_round(self.training, self.tuning)
         if self.loss_weights and len(self.loss_weights) != len(self.loss_type):
             raise ValueError(f"{len(self.loss_type)} losses have {len(self.loss_weights)} loss_weights")
         if "exo_pair" in self.loss_type and not self.label_smoothing:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor
@@ -26,8 +26,8 @@ from captioner.engines import CaptionRequest
 from captioner.engines.hf import HFEngine
 from captioner.errors import Refused
 from captioner.files import atomic_write_json
-from captioner.fit import distributed, losses
-from captioner.models.model import Captioner
+from captioner.fit import distributed, objectives
+from captioner.fit.checkpoints import last_checkpoint
 from captioner.models.render import Renderer, TrainRow, collate
 from captioner.processes import is_main
 from captioner.statements import comparable_statements, repeats
@@ -49,25 +49,26 @@ class Origin:
     log_probs: Sequence[Tensor]  # [T, K]
 
 
-def origin(captioner: Captioner, renderer: Renderer, said: Sequence[tuple[Path, str]]) -> Origin:
+def origin(renderer: Renderer, said: Sequence[tuple[Path, str]]) -> Origin:
     """Measure an origin on images and their captions (the chosen ones of a round)."""
-    top = [scores.topk(min(TOP, scores.shape[1])) for scores in _scores(captioner, renderer, said)]
+    top = [scores.topk(min(TOP, scores.shape[1])) for scores in _scores(renderer, said)]
     return Origin(said, [each.indices for each in top], [each.values for each in top])
 
 
-def drift(captioner: Captioner, renderer: Renderer, start: Origin) -> float:
+def drift(renderer: Renderer, start: Origin) -> float:
     """Mean over the tokens of KL(origin || captioner), nats: one forward of each caption, nothing sampled."""
-    scores = _scores(captioner, renderer, start.said)
+    scores = _scores(renderer, start.said)
     each = [
-        losses.divergence(then, now.gather(1, ids))
+        objectives.divergence(then, now.gather(1, ids))
         for now, ids, then in zip(scores, start.ids, start.log_probs, strict=True)
     ]
     return torch.cat(each).mean().item()
 
 
 @torch.no_grad()
-def _scores(captioner: Captioner, renderer: Renderer, said: Sequence[tuple[Path, str]]) -> Iterator[Tensor]:
+def _scores(renderer: Renderer, said: Sequence[tuple[Path, str]]) -> Iterator[Tensor]:
     """Log-probabilities [T, vocabulary] at the tokens of each caption, its end token included."""
+    captioner = renderer.captioner
     model: Any = captioner.model
     for path, caption in said:
         patches, grid = renderer.patches_batch([load_image(path)[0]])[0]
@@ -78,11 +79,9 @@ def _scores(captioner: Captioner, renderer: Renderer, said: Sequence[tuple[Path,
         yield model.lm_head(hidden[answer.to(hidden.device)]).float().log_softmax(-1)
 
 
-def written(
-    captioner: Captioner, renderer: Renderer, paths: Sequence[Path], longest: int
-) -> dict[str, float]:
+def written(renderer: Renderer, paths: Sequence[Path], longest: int) -> dict[str, float]:
     """What greedy captions are like: shares that end, repeat statements, are different ones; mean tokens."""
-    engine = HFEngine(captioner, renderer.config, EngineConfig(max_num_seqs=len(paths)))
+    engine = HFEngine(renderer.captioner, renderer.config, EngineConfig(max_num_seqs=len(paths)))
     greedy = SamplingConfig(temperature=0.0, max_tokens=longest)
     requests = (CaptionRequest(str(path), path, "") for path in paths)
     made = [candidate for [candidate] in engine.sample(requests, 1, greedy)]
@@ -106,13 +105,12 @@ class Alarms(TrainerCallback):
     def __init__(
         self,
         config: AlarmsConfig,
-        captioner: Captioner,
         renderer: Renderer,
         paths: Sequence[Path],
         out: Path,
         origin: Origin | None,
     ):
-        self.config, self.captioner, self.renderer, self.origin = config, captioner, renderer, origin
+        self.config, self.renderer, self.origin, self.out = config, renderer, origin, out
         self.paths = list(dict.fromkeys(paths))[: config.images]
         self.file = out / "probe.json"  # of the reference
         self.below = 0  # steps in a row with chosen below its reference
@@ -125,6 +123,7 @@ class Alarms(TrainerCallback):
     ) -> None:
         """``chosen`` gives the last step's mean log p(chosen) - reference; ``write`` keeps what is seen."""
         self.chosen, self.write = chosen, write
+        (self.out / "alarm.json").unlink(missing_ok=True)
         self.start: dict[str, float] = {}
         if self.config.every and resumed and self.file.is_file():
             self.start = json.loads(self.file.read_text())
@@ -138,61 +137,59 @@ class Alarms(TrainerCallback):
 
         Rank 0 looks for all.
         """
-        seen = [self._look()] if is_main() else []
-        return cast(dict[str, float], distributed.collect(seen, self.captioner.device)[0])
-
-    def _look(self) -> dict[str, float]:
-        training = self.captioner.model.training
-        self.captioner.model.eval()
-        seen = written(self.captioner, self.renderer, self.paths, self.config.max_tokens)
-        if self.origin is not None:
-            seen["kl"] = drift(self.captioner, self.renderer, self.origin)
-        self.captioner.model.train(training)
-        return seen
+        captioner, seen = self.renderer.captioner, dict[str, float]()
+        if is_main():
+            training = captioner.model.training
+            captioner.model.eval()
+            seen = written(self.renderer, self.paths, self.config.max_tokens)
+            if self.origin is not None:
+                seen["kl"] = drift(self.renderer, self.origin)
+            captioner.model.train(training)
+        return cast(dict[str, float], distributed.collect([seen], captioner.device)[0])
 
     def on_step_end(self, _args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         step, config = state.global_step, self.config
         self.below = self.below + 1 if self.chosen() < -config.max_chosen_fall else 0
         if config.chosen_below and self.below >= config.chosen_below:
-            self.ring(
-                step, f"for {self.below} steps the chosen captions were less likely than under the reference"
-            )
+            what = "the chosen captions were less likely than under the reference"
+            self.stop(f"alarm at step {step}: for {self.below} steps {what}")
         if config.every and (control.should_save or step % config.every == 0):
             seen = self.look()
             self.write(step, {f"probe/{name}": value for name, value in seen.items()})
             if wrong := changed(self.start, seen, config):
-                self.ring(step, "; ".join(wrong))
+                self.stop(f"alarm at step {step}: {'; '.join(wrong)}")
         if config.chosen_below and 2 * self.below >= config.chosen_below:
             control.should_save = False
 
-    def ring(self, step: int, what: str) -> None:
-        raise Refused(f"alarm at step {step}: {what}", fix=MEND)
+    def stop(self, what: str, where: str = "", fix: str = MEND) -> NoReturn:
+        """Raise Refused, which names the last good checkpoint; ``alarm.json`` keeps it."""
+        last = last_checkpoint(self.out)
+        kept = last.name if last else "none yet, the reference"
+        if is_main():
+            atomic_write_json(self.out / "alarm.json", {"what": what, "where": where, "kept": kept})
+        place = f"{self.out}; the last good checkpoint: {kept}" + (f"; {where}" if where else "")
+        raise Refused(what, where=place, fix=fix)
 
 
 def changed(start: dict[str, float], now: dict[str, float], config: AlarmsConfig) -> list[str]:
     """What is wrong with ``now``, in words; empty where nothing is."""
     worst = config.max_change
     ratio = max(now["tokens"], 1.0) / max(start["tokens"], 1.0)
-    rules = [
-        (
-            now["ended"] < start["ended"] - worst,
-            f"{now['ended']:.0%} of the captions end, {start['ended']:.0%} did",
+    length = f"the captions have {now['tokens']:.0f} tokens, they had {start['tokens']:.0f}"
+    kl, budget = now.get("kl", 0.0), config.max_kl
+    rules = {
+        f"{now['ended']:.0%} of the captions end, {start['ended']:.0%} did": (
+            now["ended"] < start["ended"] - worst
         ),
-        (
-            now["repeated"] > start["repeated"] + worst,
-            f"{now['repeated']:.0%} of the statements repeat others, {start['repeated']:.0%} did",
+        f"{now['repeated']:.0%} of the statements repeat others, {start['repeated']:.0%} did": (
+            now["repeated"] > start["repeated"] + worst
         ),
-        (
-            now["unique"] < start["unique"] / 2,
-            f"{now['unique']:.0%} of the captions are different ones, {start['unique']:.0%} were",
+        f"{now['unique']:.0%} of the captions are different ones, {start['unique']:.0%} were": (
+            now["unique"] < start["unique"] / 2
         ),
-        (
-            not 1 / config.max_length_ratio <= ratio <= config.max_length_ratio,
-            f"the captions have {now['tokens']:.0f} tokens, they had {start['tokens']:.0f}",
+        length: not 1 / config.max_length_ratio <= ratio <= config.max_length_ratio,
+        f"{kl:.2f} nats a token from the SFT captioner, the budget is {budget}": (
+            budget is not None and kl > budget
         ),
-        (
-            config.max_kl is not None and now.get("kl", 0.0) > config.max_kl,
-            f"{now.get('kl', 0.0):.2f} nats a token from the SFT captioner, the budget is {config.max_kl}",
-        ),
-    ]
-    return [text for is_wrong, text in rules if is_wrong]
+    }
+    return [text for text, is_wrong in rules.items() if is_wrong]

@@ -46,19 +46,15 @@ def images(config: Config, work: Path, source: str) -> list[ImageRow]:
 
 def train(config: Config, work: Path, home: Path) -> Captioner:
     """The captioner that ``config.sft`` makes, in memory: what cannot be exported can be measured."""
-    from captioner.fit import train
-    from captioner.models import model, render
+    from captioner.fit import fit, trainers
 
     section = config.sft
     rows = [row for source in section.data for row in images(config, work, source)]
-    seed = config.seed + section.training.seed
-    captioner = model.load(config.model)
-    train.tune(captioner, section.tuning, section.soft_prompt, seed)
-    renderer = render.Renderer(captioner, config.views)
-    captioner.views = renderer.config
-    training = section.training.model_copy(update={"seed": seed})
-    train.train_sft(captioner, renderer, sft.training_images(rows, section), training, home)
-    return captioner
+    start = fit.Start(config)
+    training = start.seeded(section.training)
+    renderer = fit.prepare(start, section.tuning, training.seed, section.soft_prompt)
+    fit.train(renderer, sft.training_images(rows, section), trainers.CrossEntropy(), training, home)
+    return renderer.captioner
 
 
 def caption(engine: HFEngine, rows: Sequence[ImageRow], max_tokens: int, prose: bool = False) -> list[Counts]:

@@ -112,7 +112,7 @@ def _cost(config: Config, work: Path, captioner: Captioner) -> Metrics:
     import torch
     from torch.autograd.graph import saved_tensors_hooks
 
-    from captioner.fit.train import Collator
+    from captioner.fit.batches import Collator
     from captioner.models import render
 
     section = config.sft

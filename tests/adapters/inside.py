@@ -22,7 +22,7 @@ from captioner.config import (
 from captioner.engines import CaptionRequest
 from captioner.engines.hf import HFEngine
 from captioner.errors import ConfigError
-from captioner.fit import train
+from captioner.fit import fit, trainers
 from captioner.models import adapters, fuse, model, render, soft_prompt
 from captioner.models.model import Captioner
 from loops import sft
@@ -36,7 +36,7 @@ PICTURES = [Image.open(path).convert("RGB") for path in sorted((RUN / "images").
 def tuned(placement: Kind, dtype: torch.dtype = torch.float32) -> Captioner:
     captioner = tiny_captioner("qwen2_5_vl", dtype)
     tuning = AdapterTuning(vision_width=6, language_width=8, placement=placement)
-    train.tune(captioner, tuning, SoftPromptConfig(length=3), 0)
+    fit.tune(captioner, tuning, SoftPromptConfig(length=3), 0)
     return captioner
 
 
@@ -126,18 +126,18 @@ def test_sft_and_captions_with_a_kind_that_is_not_exported(
         gradient_checkpointing=checkpointing,
     )
     images = sft.training_images(rows(), sft.SFTConfig())
-    train.train_sft(captioner, renderer, images, training, tmp_path / "sft")
+    fit.train(renderer, images, trainers.CrossEntropy(), training, tmp_path / "sft")
     after = dict(captioner.model.named_parameters())
     assert {name for name in before if not torch.equal(before[name], after[name])} == trained
     attention = [name for name in trained if "attention_adapters" in name]
     assert bool(attention) == (placement == "houlsby")
 
-    adapters.save(captioner, train.ADAPTER, tmp_path / "adapter")
+    adapters.save(captioner, fit.ADAPTER, tmp_path / "adapter")
     soft_prompt.save(captioner, tmp_path / "adapter")
     with pytest.raises(ConfigError, match=f"A {placement} adapter cannot be exported"):
         fuse.export(captioner, tmp_path / "out")
     again = tiny_captioner("qwen2_5_vl", captioner.model.dtype)
-    adapters.load(again, train.ADAPTER, tmp_path / "adapter")
+    adapters.load(again, fit.ADAPTER, tmp_path / "adapter")
     soft_prompt.load(again, tmp_path / "adapter")
     written = [captions(one) for one in (captioner, again, tiny_captioner("qwen2_5_vl"))]
     assert written[0] == written[1] != written[2]

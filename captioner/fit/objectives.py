@@ -1,6 +1,11 @@
-"""What preference training adds to TRL's losses. Pure functions; each names its equation.
+"""What the trainings minimise beside TRL's own losses. Pure functions; each names its equation.
 
-Every log-probability is that of a whole caption, its end token included: the sum over its tokens.
+SFT, QA and golden SFT minimise :func:`cross_entropy` over the answers of a batch, by TRL's SFTTrainer. A
+preference training minimises TRL's losses of the margin (c - c_ref) - (r - r_ref), such as `sigmoid`, mean
+-log sigmoid(beta margin) (Rafailov et al. 2023, arXiv 2305.18290, eq. 7), or `kto` (Ethayarajh et al. 2024,
+arXiv 2402.01306), and what is here: :func:`cross_entropy` on the chosen captions (Pang et al. 2024, arXiv
+2404.19733), :func:`anchor` and :func:`image_conditional`. c and r are the log-probabilities of the chosen and
+the rejected caption, end token included: the sum over their tokens.
 
 Shapes: N pairs, B images, L tokens of a branch.
 """
@@ -47,7 +52,7 @@ def length_offset(chosen_tokens: Tensor, rejected_tokens: Tensor, alpha: float, 
 
 
 def cross_entropy(log_probs: Tensor, mask: Tensor) -> Tensor:
-    """mean -log p over the tokens of ``mask``; both [B, L]. What TRL's `sft` is for its DPOTrainer."""
+    """mean -log p over the tokens of ``mask``; both [B, L]. TRL's SFTTrainer and loss `sft` do it too."""
     return -log_probs[mask.bool()].mean()
 
 
