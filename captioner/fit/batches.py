@@ -13,7 +13,7 @@ import json
 import random
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
@@ -252,11 +252,10 @@ class PairCollator(Collator):
         return hashes
 
     def _check(self, scored: list[list[Pair]]) -> None:
-        for hashes, group in zip(self.hashes if scored else (), scored, strict=True):
-            for of_pair, pair in zip(hashes, group, strict=True):
-                for name, value in of_pair.items():
-                    if getattr(pair, name) != value:
-                        raise stale(name.removeprefix("ref_"), pair.key)
+        for of_pair, pair in zip(chain(*self.hashes), chain(*scored), strict=True) if scored else ():
+            for name, value in of_pair.items():
+                if getattr(pair, name) != value:
+                    raise stale(name.removeprefix("ref_"), pair.key)
 
     def _for_dpo(self, batch: dict[str, Any], sizes: list[int], scored: list[list[Pair]]) -> dict[str, Any]:
         """N chosen, then N rejected: [2N, L], as TRL's DPOTrainer has them."""

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import TrainingArguments
 
 from captioner.fit import sharding
 from captioner.processes import is_main
@@ -60,19 +59,14 @@ def last_checkpoint(out: Path) -> Path | None:
 class Checkpoints:
     """A part of a trainer of transformers: see above for why it overrides private methods."""
 
-    model: Any
-    optimizer: Any
-    lr_scheduler: Any
-    args: TrainingArguments
-
-    def save_model(self, output_dir: Any = None, _internal_call: bool = False) -> None:
+    def save_model(self: Any, output_dir: Any = None, _internal_call: bool = False) -> None:
         os.makedirs(output_dir, exist_ok=True)
         save_trainable(self.model, Path(output_dir) / WEIGHTS)
 
-    def _load_from_checkpoint(self, checkpoint: str, model: Any = None) -> None:
+    def _load_from_checkpoint(self: Any, checkpoint: str, model: Any = None) -> None:
         load_trainable(self.model, Path(checkpoint) / WEIGHTS)
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+    def _save_optimizer_and_scheduler(self: Any, output_dir: str) -> None:
         state = self.optimizer.state_dict()
         tensors = sharding.gathered(
             (f"{i}.{name}", t) for i, entry in state["state"].items() for name, t in entry.items()
@@ -83,7 +77,7 @@ class Checkpoints:
         plain = {"groups": state["param_groups"], "schedule": self.lr_scheduler.state_dict()}
         (Path(output_dir) / PLAIN).write_text(json.dumps(plain))
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+    def _load_optimizer_and_scheduler(self: Any, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
         state: dict[int, dict[str, Tensor]] = {}
@@ -98,14 +92,14 @@ class Checkpoints:
         self.optimizer.load_state_dict({"state": state, "param_groups": plain["groups"]})
         self.lr_scheduler.load_state_dict(plain["schedule"])
 
-    def _save_rng_state(self, output_dir: str) -> None:
+    def _save_rng_state(self: Any, output_dir: str) -> None:
         state = {"cpu": torch.get_rng_state()}
         if torch.cuda.is_available():
             state["cuda"] = torch.cuda.get_rng_state()
         os.makedirs(output_dir, exist_ok=True)  # dropout differs between ranks: each has a file
         save_file(state, Path(output_dir) / f"rng-{self.args.process_index}.safetensors")
 
-    def _load_rng_state(self, checkpoint: str | None) -> None:
+    def _load_rng_state(self: Any, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
         file = Path(checkpoint) / f"rng-{self.args.process_index}.safetensors"

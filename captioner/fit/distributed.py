@@ -17,7 +17,7 @@ import time
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import IO, Any, TypeVar, cast
+from typing import IO, Any, TypeVar
 
 from captioner.config import Config
 from captioner.errors import CaptionerError, ConfigError, CrashedError, Refused, RunError
@@ -53,8 +53,10 @@ def launch(command: str, run: RunDir, config: Config, count: int, **flags: Any) 
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
-    world |= {"LOCAL_WORLD_SIZE": str(count)}
-    world |= {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # a batch of questions alone leaves the soft prompt unused
+    world |= {
+        "LOCAL_WORLD_SIZE": str(count),
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+    }  # a batch of questions alone leaves the soft prompt unused
     if on_cpu and "OMP_NUM_THREADS" not in os.environ:
         world |= {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count))}
     place = str(Run.path_of(run))
@@ -190,14 +192,3 @@ def collect(values: Sequence[Any], device: Any) -> list[Any]:
         for row, size in zip(rows, sizes, strict=True)
         for value in json.loads(bytes(row[:size].tolist()))
     ]
-
-
-def add_up(values: list[float], device: Any) -> list[float]:
-    """The sums of the values over all ranks."""
-    if world_size() == 1:
-        return values
-    import torch
-
-    total = torch.tensor(values, dtype=torch.float64, device=device)
-    torch.distributed.all_reduce(total)
-    return cast(list[float], total.tolist())

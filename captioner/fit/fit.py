@@ -19,14 +19,7 @@ from typing import Any
 import torch
 
 from captioner import prompts
-from captioner.config import (
-    Config,
-    FullTuning,
-    ModelConfig,
-    SoftPromptConfig,
-    TrainingConfig,
-    Tuning,
-)
+from captioner.config import Config, FullTuning, ModelConfig, SoftPromptConfig, TrainingConfig, Tuning
 from captioner.errors import ConfigError, RunError
 from captioner.fit import distributed, log, sharding, trainers
 from captioner.fit.checkpoints import last_checkpoint, trainable

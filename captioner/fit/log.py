@@ -119,5 +119,5 @@ def validation_loss(
             total += captioner.model(**arguments, fused_lm_head=True).loss.item() * count
         tokens += count
     captioner.model.train(was_training)
-    total, all_tokens = distributed.add_up([total, tokens], captioner.device)
-    return total / all_tokens
+    losses, counts = zip(*distributed.collect([(total, tokens)], captioner.device), strict=True)
+    return sum(losses) / sum(counts)

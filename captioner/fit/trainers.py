@@ -31,7 +31,6 @@ from captioner.fit.log import Log
 from captioner.models.model import Captioner
 from captioner.models.render import Renderer
 
-SAME = {"max_steps", "learning_rate", "weight_decay", "max_grad_norm", "seed", "save_steps"}  # as they are
 LARGE = 500_000_000  # parameters above which a batch of several images with all activations fills a GPU
 
 
@@ -167,7 +166,12 @@ def arguments(captioner: Captioner, training: TrainingConfig, out: Path) -> dict
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(out / "logs")
     return {
         "output_dir": str(out / "checkpoints"),
-        **training.model_dump(include=SAME),
+        "max_steps": training.max_steps,
+        "learning_rate": training.learning_rate,
+        "weight_decay": training.weight_decay,
+        "max_grad_norm": training.max_grad_norm,
+        "seed": training.seed,
+        "save_steps": training.save_steps,
         "per_device_train_batch_size": micro,
         "gradient_accumulation_steps": training.gradient_accumulation_steps * whole // micro,
         "lr_scheduler_type": "cosine",
@@ -200,6 +204,7 @@ Terms = dict[str, tuple[float, Callable[[], Tensor]]]  # our losses by name: wei
 class _Trainer(Checkpoints):
     """What all trainers share: our order, our checkpoints, the finite check; no telemetry, no model card."""
 
+    model: Any
     state: TrainerState
     data_collator: Collator
     objective: Any
