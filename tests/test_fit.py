@@ -138,9 +138,8 @@ def test_every_field_of_training_means_the_same_for_every_objective(
         assert {name: before[name] for name in expected} != expected, field
 
 
-def test_preferences_with_alarms_are_not_trained_in_parts() -> None:
-    noisy = Preference(DPOConfig())
-    with pytest.raises(ConfigError, match="needs the whole model") as caught:
-        trainers.check(noisy, TRAINING, shard=True)
-    assert "dpo.tuning.shard false" in caught.value.fix
-    trainers.check(Preference(DPO), TRAINING, shard=True)
+def test_preferences_are_not_trained_in_parts() -> None:
+    with pytest.raises(ConfigError, match="need the whole model in each process") as caught:
+        trainers.check(Preference(DPO), TRAINING, shard=True)
+    assert caught.value.fix == "--dpo.tuning.shard false"
+    trainers.check(CrossEntropy(), TRAINING, shard=True)

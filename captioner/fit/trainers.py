@@ -104,9 +104,9 @@ def check(objective: Objective, training: TrainingConfig, shard: bool) -> None:
     if training.early_stopping_patience and objective.validation is None:
         where, fix = "training.early_stopping_patience", "set sft.validation, or the patience to 0"
         raise ConfigError("An early stop needs a validation loss.", where=where, fix=fix)
-    if shard and isinstance(objective, Preference) and objective.dpo.alarms.every:
-        where, fix = "dpo.tuning.shard", "--dpo.tuning.shard false, or --dpo.alarms.every 0"
-        raise ConfigError("An alarm's look needs the whole model in one process.", where=where, fix=fix)
+    if shard and isinstance(objective, Preference):  # for the alarms' looks and TRL's hash of the reference
+        what, fix = "Preferences need the whole model in each process.", "--dpo.tuning.shard false"
+        raise ConfigError(what, where="dpo.tuning.shard", fix=fix)
 
 
 def make(
