@@ -615,8 +615,14 @@ def test_an_image_is_decoded_once_for_sampling_and_once_for_asking_by_others(
     config = config_of(home, golden=asked_again, views={})
     calibration = qa.Calibration(temperature=1.0, keep=1.0, drop=0.0)  # all is undecided
     (home / "run" / "round-1" / "qa" / "calibration.json").write_text(calibration.model_dump_json())
-    sampled: list[Counter[str]] = []
-    monkeypatch.setattr(planted, "fill", lambda *_: sampled.append(decoded()))
+    sampled, fill = list[Counter[str]](), planted.fill
+
+    def measured(*args: Any) -> None:
+        sampled.append(decoded())
+        fill(*args)
+        noted.unlink(missing_ok=True)
+
+    monkeypatch.setattr(planted, "fill", measured)
     monkeypatch.setattr(planted, "trusted", lambda *_: planted.Trust(None, {}, {}, ()))
     loop.golden(home / "run", config, 1)
     assert sampled == [Counter(f"images/{index:06d}" for index in range(IMAGES))]
