@@ -220,7 +220,7 @@ def fill(
         return
     output = Output(stage.dir, Claim)
     sampled = candidates.read(plan.home)
-    with distributed.main_first(config.model.device):  # the others find the tool's answers in its cache
+    with distributed.main_first(stages.meeting(config)):  # the others find the tool's answers in its cache
         selections, unread = _selections(sampled, tool, settings.max_questions)
     calibration = qa.Calibration.read(plan.calibration)
     ways = calibration.reask if settings.reask is None else settings.reask

@@ -167,7 +167,7 @@ def fill(stage: Stage, run: Run, plan: Plan, config: Config, folder: Path) -> No
         return ask(engine, images, temperature)
 
     stages.fill(output, "planted claims", [rows] if rows else [], plan.verifier, config, work)
-    with distributed.main_first(config.model.device):
+    with distributed.main_first(stages.meeting(config)):
         if is_main():
             _finish(stage, output, len(rows))
 

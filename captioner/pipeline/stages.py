@@ -9,11 +9,14 @@ with images(engine.renderer.spec, config, len(rows)) as pictures:
 
 from __future__ import annotations
 
+import gc
+import os
 import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
@@ -21,7 +24,7 @@ from typing import Generic, Protocol, TypeVar
 from captioner.config import Config, SamplingConfig
 from captioner.engines import CaptionRequest, Engine, QuestionBatch, YesNo, make_engine
 from captioner.fit import distributed
-from captioner.pipeline.local import executor
+from captioner.pipeline.local import DEVICES, devices, executor
 from captioner.pipeline.prepare import Preparation, cores
 from captioner.processes import world_size
 from captioner.progress import Progress, progress
@@ -242,8 +245,34 @@ def _write(
 @contextmanager
 def opened(checkpoint: Path, config: Config, prompt: str | None = None) -> Generator[Engine, None, None]:
     """The one model in memory: captioner and verifier are never loaded together."""
+    if config.engine.type != "hf":
+        _make_room()
     engine = make_engine(checkpoint, config, prompt)
     try:
         yield engine
     finally:
         engine.close()
+
+
+def _make_room() -> None:
+    """vLLM takes the first GPU that it sees, and most of its memory.
+
+    Of several processes each sees its own; what an earlier training of this process keeps of it is let go.
+    """
+    _own_device()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+@cache
+def _own_device() -> None:
+    found = devices()
+    if world_size() > 1 and found:
+        os.environ[DEVICES] = found[int(os.environ.get("LOCAL_RANK", "0")) % len(found)]
+
+
+def meeting(config: Config) -> str:
+    """The device through which the processes of a stage speak: those that hold no model need no GPU."""
+    return config.model.device if config.engine.type == "hf" else "cpu"
