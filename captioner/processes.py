@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Generator
@@ -39,6 +41,33 @@ def end_with(parent: int, end: Callable[[], None]) -> None:
         end()
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+# Knows all that its parent has started, down to the last child, and kills it once the parent is gone.
+_GUARD = """
+import os, sys, time, psutil
+parent, left = psutil.Process(int(sys.argv[1])), []
+while os.getppid() == parent.pid:
+    try:
+        left = [each for each in parent.children(recursive=True) if each.pid != os.getpid()]
+    except psutil.Error:
+        break
+    time.sleep(0.5)
+for each in left:
+    try:
+        each.kill()
+    except psutil.Error:
+        pass
+"""
+
+
+def guard() -> subprocess.Popen[bytes]:
+    """A process that kills what this one has started when this one is gone, however it went.
+
+    For processes that are not written here and would keep a GPU's memory. Kill it when they have ended.
+    """
+    words = [sys.executable, "-c", _GUARD, str(os.getpid())]
+    return subprocess.Popen(words, stdin=subprocess.DEVNULL, start_new_session=True)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations, pairwise
 from pathlib import Path
@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 from captioner import prompts
 from captioner.config import Config, SamplingConfig
-from captioner.engines import make_engine
+from captioner.engines import Engine
 from captioner.errors import CheckpointError, ConfigError, DataError, Refused, RunError
 from captioner.files import atomic_write_json, hash_path
 from captioner.judges import metrics, sets
@@ -31,13 +31,13 @@ from captioner.judges.appoint import Pool, appoint
 from captioner.judges.base import Comparison, Judge, NoJudge, Said
 from captioner.judges.metrics import Counts, Interval
 from captioner.judges.verifier import pooled
-from captioner.method import qa
+from captioner.method import qa, reask
 from captioner.pipeline import stages
-from captioner.progress import progress
-from captioner.records import Candidate, CaptionRow, Failed
+from captioner.pipeline.stages import Output, Prepared
+from captioner.records import Candidate, CaptionRow
 from captioner.report import sheet
 from captioner.report.sheet import NOTHING, Wanted, print_table
-from captioner.runs import Run, RunDir, Shards, checkpoint_path, input_of
+from captioner.runs import Run, RunDir, checkpoint_path, input_of
 from captioner.sources import questions, resolve
 from captioner.sources.folder import ImageRow, read_folder
 from loops.stages import StagePlan, opened
@@ -221,11 +221,12 @@ def ask(run: Run, entries: Sequence[Entry], source: str, out: Path) -> None:
         raise DataError("no image has yes/no questions", where=str(data), fix="give --questions others")
     tables = {}
     for entry in entries:
-        engine = make_engine(entry.checkpoint, run.config)
-        try:
-            asked = qa.ask(engine, rows)
-        finally:
-            engine.close()
+        config = run.config
+        with (
+            stages.opened(entry.checkpoint, config) as engine,
+            stages.images(engine.renderer.spec, config, len(rows)) as pictures,
+        ):
+            asked, _ = reask.known(engine, rows, pictures)
         answers = [each for each in asked if math.isfinite(each.p_yes)]
         lost = f"{len(asked) - len(answers)} of {len(asked)} questions have no answer by {entry.name}"
         if len(asked) - len(answers) > run.config.max_failed * len(asked):
@@ -392,10 +393,10 @@ def caption(
     name = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:12]
     inputs = {"captioner": entry.checkpoint, "data": folder}
     stage = run.stage(f"evaluation/{name}", section, inputs, redo=redo)
-    shards = Shards(stage.dir, CaptionRow)
+    output = Output(stage.dir, CaptionRow, apart=False)
     if not stage.done:
-        _fill(config, entry, images, shards, made_by, name, samples)
-    rows = shards.read_all()
+        _fill(config, entry, images, output, made_by, name, samples)
+    rows = output.rows.read_all()
     failed = sum(row.error is not None for row in rows)
     if failed > config.max_failed * len(rows):
         reasons = ", ".join(sorted({row.error for row in rows if row.error})[:3])
@@ -413,43 +414,37 @@ def _fill(
     config: Config,
     entry: Entry,
     images: Sequence[ImageRow],
-    shards: Shards[CaptionRow],
+    output: Output[CaptionRow],
     model_hash: str,
     name: str,
     samples: int,
 ) -> None:
     """Write every missing shard."""
-    starts = [s for s in range(0, len(images), SHARD_ROWS) if not shards.has(s // SHARD_ROWS)]
-    if not starts:
-        return
-    prompt = prompts.load("describe") if entry.prose else None
-    engine = make_engine(entry.checkpoint, config, prompt)
     temperature = 1.0 if samples else 0.0
     sampling = SamplingConfig(
         temperature=temperature, max_tokens=config.evaluate.max_tokens, seed=config.seed
     )
-    total = len(starts) * SHARD_ROWS
-    try:
-        with stages.images(engine, config) as pictures, progress(f"captions by {entry.name}", total) as bar:
-            for start in starts:
-                part = images[start : start + SHARD_ROWS]
-                made: dict[str, list[Candidate] | Failed] = {}
-                for row, said in stages.caption_images(engine, part, samples or 1, sampling, pictures):
-                    made[row.key] = said
-                    bar.advance()
-                rows = (_rows(row.key, made[row.key], samples or 1, model_hash, name) for row in part)
-                shards.write(start // SHARD_ROWS, [each for own in rows for each in own])
-    finally:
-        engine.close()
+
+    def work(
+        engine: Engine, images: Iterable[Prepared[ImageRow]]
+    ) -> Iterator[tuple[ImageRow, list[CaptionRow]]]:
+        for image, said in stages.caption_images(engine, images, samples or 1, sampling):
+            yield image.row, _rows(image, said, samples or 1, model_hash, name)
+
+    prompt = prompts.load("describe") if entry.prose else None
+    parts = [images[start : start + SHARD_ROWS] for start in range(0, len(images), SHARD_ROWS)]
+    stages.fill(output, f"captions by {entry.name}", parts, entry.checkpoint, config, work, prompt)
 
 
-def _rows(key: str, made: list[Candidate] | Failed, samples: int, model: str, name: str) -> list[CaptionRow]:
+def _rows(
+    image: Prepared[ImageRow], said: list[Candidate], samples: int, model: str, name: str
+) -> list[CaptionRow]:
     """One row per sample of an image."""
-    about: dict[str, Any] = {"key": key, "model": model, "config": name}
-    if isinstance(made, Failed):
-        about |= {"id": made.sample, "caption": None, "finish_reason": None, "tokens": None}
-        return [CaptionRow(error=made.reason, **about)] * samples
+    about: dict[str, Any] = {"key": image.row.key, "model": model, "config": name}
+    if image.reason:
+        about |= {"id": image.sample, "caption": None, "finish_reason": None, "tokens": None}
+        return [CaptionRow(error=image.reason, **about)] * samples
     return [
         CaptionRow(id=c.sample, caption=c.text, finish_reason=c.finish_reason, tokens=c.tokens, **about)
-        for c in made
+        for c in said
     ]

@@ -11,7 +11,6 @@ from captioner.config import Config
 from captioner.engines import make_engine
 from captioner.errors import ConfigError, Refused
 from captioner.pipeline import stages
-from captioner.records import Failed
 from captioner.sources import locate, taken_in_part
 from captioner.sources.folder import is_image_name, read_folder
 from loops.data.edge import folder_of
@@ -35,12 +34,12 @@ def print_captions(config: Config, checkpoint: Path, sources: Sequence[str]) -> 
             raise _too_many(f"{len(rows):,} images", sources[0])
         engine = make_engine(checkpoint, config)
         stack.callback(engine.close)
-        pictures = stack.enter_context(stages.images(engine, config, 0))
-        for row, made in stages.caption_images(engine, rows, 1, sampling, pictures):
-            lost = isinstance(made, Failed)
-            failed += lost
-            text = made.reason if isinstance(made, Failed) else made[0].text
-            print(text if len(rows) == 1 else f"{row.key}: {text}", file=sys.stderr if lost else sys.stdout)
+        images = stages.prepared(rows, stack.enter_context(stages.images(engine.renderer.spec, config, 0)))
+        for image, made in stages.caption_images(engine, images, 1, sampling):
+            failed += not made
+            text = made[0].text if made else image.reason
+            said = text if len(rows) == 1 else f"{image.row.key}: {text}"
+            print(said, file=sys.stdout if made else sys.stderr)
     if failed > config.max_failed * len(rows):
         raise Refused(f"{failed} of {len(rows)} images failed", where=sources[0], fix="see the reasons above")
 

@@ -18,6 +18,7 @@ from captioner.method import golden as method
 from captioner.method.llm import make_tool
 from captioner.method.rounds import Plan
 from captioner.method.verdicts import Thresholds
+from captioner.pipeline import stages
 from captioner.processes import is_main
 from captioner.runs import Run, RunDir, Stage
 from captioner.sources import resolve
@@ -41,7 +42,8 @@ def golden(
         config: Settings; `model`, `views`, `engine`, `tool`, `golden` and `pairs` are read.
         round: Number of the round, from 1.
         redo: Remove the results of these stages and make them anew.
-        gpus: Processes to start, one per GPU.
+        gpus: Processes to start, one per GPU, each with its engine (`vllm`, and `server` with `engine.serve`,
+            start one each).
         rethreshold: Derive golden captions and pairs anew with this `golden.keep` (0..1); no model runs.
 
     Raises:
@@ -59,10 +61,8 @@ def golden(
                 fix=f"give both thresholds, as in --rethreshold {keep} --golden.drop {keep}",
             )
         config = config.model_copy(update={"golden": config.golden.model_copy(update={"keep": keep})})
-    if distributed.wanted(gpus) and keep is None:
-        if config.engine.type != "hf":
-            fix = "leave --gpus out, and start a server on every GPU (captioner serve, engine.urls)"
-            raise ConfigError(f"--gpus is for the engine hf, not for {config.engine.type}", fix=fix)
+    fed = config.engine.type == "server" and not config.engine.serve  # this process keeps all servers busy
+    if distributed.wanted(gpus) and keep is None and not fed:
         distributed.launch("golden", run, config, gpus, round=round, redo=redo)
         return {}
     run = Run.open(run, config, create=False)
@@ -123,7 +123,7 @@ def make_golden(run: Run, plan: Plan, config: Config, *, redo: bool, rethreshold
             where=str(plan.home / "claims"),
             fix=f"captioner golden --round {plan.number} --run {run.path}",
         )
-    with distributed.main_first(config.model.device):
+    with distributed.main_first(stages.meeting(config)):
         folder = resolve(plan.source, run)
     images = read_folder(folder, captions=False)
     stage = _begin(run, plan, config, "candidates", redo)
@@ -160,7 +160,7 @@ def _derive(
 
 def _begin(run: Run, plan: Plan, config: Config, name: str, redo: bool = False) -> Stage:
     """Begin a stage that runs a model; ``redo`` removes what derives from it, too."""
-    with distributed.main_first(config.model.device):
+    with distributed.main_first(stages.meeting(config)):
         stage = begin(run, _plans(run, plan, config)[name], redo)
         if redo and is_main():
             for other in (*rounds.STAGES[:0:-1], "planted"):

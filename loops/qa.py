@@ -23,14 +23,14 @@ from captioner.fit.rows import usable
 from captioner.judges import asking
 from captioner.method import qa as method
 from captioner.method import reask
+from captioner.pipeline import stages
 from captioner.processes import is_main
 from captioner.runs import Run, RunDir, Stage, checkpoint_path
 from captioner.sources.folder import ImageRow
-from captioner.views import View, load_image
 from loops.stages import StagePlan, begin
 
 if TYPE_CHECKING:
-    from captioner.engines import Engine
+    pass
 
 
 def plan(run: Run, round: int) -> list[StagePlan]:
@@ -174,11 +174,12 @@ def measure(
 
     captioner = model.load(config.model.model_copy(update={"path": str(verifier)}))
     engine = HFEngine(captioner, config.views, config.engine)
-    raw, blind = method.ask(engine, rows), method.ask(engine, rows, blind=True)
-    calibration = method.calibrate(raw, config.qa.band_accuracy)
-    answers = method.scaled(raw, calibration.temperature)
-    plan = reask.square_plan(verifier, config.views)
-    again = {way: ask_again(engine, rows, answers, way, plan, calibration) for way in ("view", "wording")}
+    with stages.images(engine.renderer.spec, config, len(rows)) as pictures:
+        raw, blind = reask.known(engine, rows, pictures, blind=True)
+        calibration = method.calibrate(raw, config.qa.band_accuracy)
+        answers = method.scaled(raw, calibration.temperature)
+        plan = reask.square_plan(verifier, config.views)
+        again = reask.decided_again(engine, rows, pictures, answers, plan, calibration)
     engine.close()
     helpful = [
         way
@@ -189,38 +190,3 @@ def measure(
     table = method.accuracy_table(method.cross_fitted(raw, keys), blind)
     table |= {"uncalibrated": method.accuracy(raw), "blind": method.accuracy(blind)}
     return table, calibration.model_copy(update={"reask": tuple(helpful)}), again
-
-
-def ask_again(
-    engine: Engine,
-    rows: Sequence[ImageRow],
-    answers: Sequence[method.Answer],
-    way: str,
-    plan: Sequence[View],
-    calibration: method.Calibration,
-) -> dict[str, float]:
-    """How many undecided questions a second asking decides, and the share of them that is decided rightly.
-
-    ``answers`` are calibrated, one for every yes/no question of ``rows``.
-    """
-    from captioner.engines import QuestionBatch
-
-    flat = iter(answers)
-    asked: dict[tuple[int, str], list[tuple[method.Answer, str]]] = {}
-    for index, row in enumerate(rows):
-        for question in filter(method.is_yes_no, row.questions or []):
-            answer, text = next(flat), question["question"]
-            second = reask.second_question(way, text, method.question_text(question), plan)
-            if second and method.undecided(answer.p_yes, calibration):
-                asked.setdefault((index, second[0]), []).append((answer, second[1]))
-    batches = (
-        QuestionBatch(load_image(rows[index].path)[0], [text for _, text in own], view)
-        for (index, view), own in asked.items()
-    )
-    pairs = [
-        (answer, method.scale(reply.p_yes, calibration.temperature))
-        for own, replies in zip(asked.values(), engine.p_yes(batches), strict=True)
-        for (answer, _), reply in zip(own, replies, strict=True)
-    ]
-    decided, right = method.decided_rightly(pairs, calibration)
-    return {"asked": len(pairs), "decided": decided, "right": right}

@@ -10,7 +10,8 @@ stand beside it. A killed command continues where it stopped.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from math import isfinite
 from pathlib import Path
@@ -22,8 +23,9 @@ from captioner.errors import DataError
 from captioner.files import hash_path
 from captioner.method import rounds, verdicts
 from captioner.method.claims import NOT_FINITE
-from captioner.method.rounds import Output
 from captioner.method.verifier import Verifier, settings_of, without_refuted
+from captioner.pipeline import stages
+from captioner.pipeline.stages import Output, Prepared
 from captioner.records import CaptionRow, Claim, Failed, Verdict
 from captioner.runs import Run, RunDir, Shards
 from captioner.sources import resolve
@@ -99,40 +101,29 @@ def _ask(
     if stage.done:
         return
     output = Output(stage.dir, Claim)
-    work = partial(_claims, checker)
-    rounds.fill(
-        output, "verifying", rounds.parts(rows, config.golden.shard_rows), checker.checkpoint, config, work
-    )
+    captioned = [row if _caption(row) else replace(row, error=NO_CAPTION) for row in rows]
+    parts = rounds.parts(captioned, config.golden.shard_rows)
+    stages.fill(output, "verifying", parts, checker.checkpoint, config, partial(_claims, checker))
     claims = output.rows.read_all()
     rounds.finish(stage, home, {"images": len(rows), "claims": len(claims)}, len(rows))
 
 
 def _claims(
-    checker: Verifier, engine: Engine, part: list[ImageRow], advance: Callable[[], None]
-) -> tuple[list[Claim], list[Failed]]:
-    from captioner.engines import QuestionBatch
+    checker: Verifier, engine: Engine, images: Iterable[Prepared[ImageRow]]
+) -> Iterator[tuple[ImageRow, list[Claim] | Failed]]:
+    def statements(row: ImageRow) -> list[str]:
+        return checker.statements(_caption(row))
 
-    failed = [Failed(sample="", key=row.key, reason=NO_CAPTION) for row in part if not _caption(row)]
-    asked: list[tuple[str, str, list[str]]] = []  # sample, key, statements
+    def questions(image: Prepared[ImageRow]) -> list[tuple[str, str]]:
+        return [(stages.ALL, checker.question(text)) for text in statements(image.row)]
 
-    def requests() -> Iterator[QuestionBatch]:
-        for row, image, sample in rounds.load([row for row in part if _caption(row)], failed, advance):
-            statements = checker.statements(_caption(row))
-            if statements:
-                asked.append((sample, row.key, statements))
-                yield QuestionBatch(image, [checker.question(text) for text in statements])
-            else:
-                advance()
-
-    claims: list[Claim] = []
-    for number, answers in enumerate(engine.p_yes(requests())):
-        sample, key, statements = asked[number]
-        if all(isfinite(answer.p_yes) for answer in answers):
-            claims += checker.claims(sample, key, statements, answers)
+    for image, answers in stages.ask(engine, images, questions):
+        if not all(isfinite(answer.p_yes) for answer in answers):
+            image = image.refused(NOT_FINITE)
+        if image.reason:
+            yield image.row, image.failed()
         else:
-            failed.append(Failed(sample=sample, key=key, reason=NOT_FINITE))
-        advance()
-    return claims, failed
+            yield image.row, checker.claims(image.sample, image.row.key, statements(image.row), answers)
 
 
 def _judge(

@@ -16,12 +16,14 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
-from captioner.config import Config, load
+from captioner.config import Config, load, load_json
 from captioner.errors import ConfigError
 from captioner.fit import distributed, sharding
+from captioner.method import rounds
 from captioner.models import soft_prompt
 from loops import golden, qa, sft
 from loops.cli import main
+from tests import killed
 from tests.test_adapters import inputs, logits, snapshot
 from tests.test_adapters import train as step
 from tests.test_demo import small
@@ -121,6 +123,22 @@ def test_two_processes_fill_the_shards_of_a_round_with_the_rows_of_one(tmp_path:
         assert rows[0] == rows[1], file
         count[file.parent.name] += len(rows[0])
     assert all(count[name] for name in ("candidates", "claims", "pairs"))
+
+
+def test_iterate_in_two_processes_killed_in_the_middle_ends_with_the_rows_of_one(tmp_path: Path) -> None:
+    run = killed.begin(tmp_path / "two")
+    two = killed.Iterate(sys.executable, run, "--gpus", "2")
+    two.killed_in("candidates")
+    two.done()
+    killed.check_rows(run)
+    one = killed.copied(run, tmp_path / "one")
+    for name in (*rounds.STAGES, "planted"):
+        shutil.rmtree(one / "round-1" / name)
+    golden.golden(one, load_json(run / "config.json"), 1)
+    for name in rounds.STAGES:
+        for part in ("", "failed"):
+            assert killed.rows(one / "round-1" / name / part) == killed.rows(run / "round-1" / name / part)
+        assert killed.rows(one / "round-1" / name)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the ranks in /proc")

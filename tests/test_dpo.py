@@ -465,7 +465,8 @@ def test_alarm_of_drift(pairs: list[Pair], folder: Path, tmp_path: Path) -> None
     renderer = render.Renderer(captioner, ViewsConfig())
     said = [(paths_of(folder)[pair.key], pair.chosen) for pair in pairs[:2]]
     origin = alarms.origin(renderer, said)
-    assert alarms.drift(renderer, origin) == pytest.approx(0, abs=1e-6)
+    shown = alarms.pictures(renderer, [path for path, _ in said])
+    assert alarms.drift(renderer, origin, shown) == pytest.approx(0, abs=1e-6)
     watch = AlarmsConfig(every=1, images=2, max_tokens=6, chosen_below=0, max_kl=0.2, max_change=1)
     training = TRAINING.model_copy(update={"learning_rate": 0.5, "max_steps": 8})
     with pytest.raises(Refused, match=r"nats a token from the SFT captioner, the budget is 0\.2"):

@@ -34,6 +34,7 @@ from captioner.method.candidates import mark
 from captioner.method.claims import NO_STATEMENT, NOT_FINITE, OVER_LIMIT, UNCHECKABLE, select
 from captioner.method.tool import Rules
 from captioner.method.verdicts import Thresholds
+from captioner.pipeline import stages
 from captioner.records import Candidate, Claim, Failed, Golden, Pair, Planted, Unasked, Verdict
 from captioner.runs import Run, Shards
 from captioner.statements import is_one_statement, normalise, split_statements
@@ -561,6 +562,74 @@ def test_claims_are_judged_and_captions_follow_them(finished: Path) -> None:
             assert all(k in range(3) for k in row.candidates)
 
 
+def test_rows_are_those_of_engines_that_are_fed_whole_images(finished: Path) -> None:
+    """To the last bit: samples and answers shard by shard, the images decoded in full, here."""
+    from captioner.engines import CaptionRequest, QuestionBatch, make_engine
+    from captioner.views import load_image
+
+    config = config_of(finished)
+    folder = finished / "images" / "images"
+    paths = {f"images/{path.stem}": path for path in sorted(folder.glob("*.png"))}
+    loaded = {key: load_image(path) for key, path in paths.items() if key != BROKEN}
+    keys = sorted(paths)
+    shards = [[key for key in keys[at : at + SHARD] if key in loaded] for at in range(0, IMAGES, SHARD)]
+    engine = make_engine(finished / "run" / "sft" / "captioner", config)
+    samples = [
+        each
+        for shard in shards
+        for own in engine.sample(
+            (CaptionRequest(key, *loaded[key]) for key in shard), 3, config.golden.sampling
+        )
+        for each in mark(own)
+    ]
+    assert rows_of(finished, "candidates") == samples
+    engine = make_engine(finished / "run" / "round-1" / "qa" / "captioner", config)
+    claims = rounds.by_key(rows_of(finished, "claims"))
+    for shard in shards:
+        own = [key for key in shard if key in claims]
+        batches = [QuestionBatch(loaded[key][0], [row.question for row in claims[key]]) for key in own]
+        for key, answers in zip(own, engine.p_yes(batches), strict=True):
+            assert [row.p_yes for row in claims[key]] == [qa.scale(each.p_yes, 1.0) for each in answers]
+            assert [row.label_mass for row in claims[key]] == [each.label_mass for each in answers]
+
+
+def test_an_image_is_decoded_once_for_sampling_and_once_for_asking_by_others(
+    ready: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asking again included; images that failed or have nothing to ask about are not decoded for asking."""
+    home, noted, prepare = copy_of(ready, tmp_path), tmp_path / "decoded", views.prepare
+
+    def noting(source: Path, *args: Any) -> Any:
+        with noted.open("a") as file:
+            file.write(f"{os.getpid()} images/{source.stem}\n")
+        return prepare(source, *args)
+
+    def decoded() -> Counter[str]:
+        pids, keys = zip(*(line.split() for line in noted.read_text().splitlines()), strict=True)
+        noted.unlink()
+        assert str(os.getpid()) not in pids
+        return Counter(keys)
+
+    monkeypatch.setattr(views, "prepare", noting)
+    asked_again = {"reask": ["view", "wording"]}
+    config = config_of(home, golden=asked_again, views={})
+    calibration = qa.Calibration(temperature=1.0, keep=1.0, drop=0.0)  # all is undecided
+    (home / "run" / "round-1" / "qa" / "calibration.json").write_text(calibration.model_dump_json())
+    sampled, fill = list[Counter[str]](), planted.fill
+
+    def measured(*args: Any) -> None:
+        sampled.append(decoded())
+        fill(*args)
+        noted.unlink(missing_ok=True)
+
+    monkeypatch.setattr(planted, "fill", measured)
+    monkeypatch.setattr(planted, "trusted", lambda *_: planted.Trust(None, {}, {}, ()))
+    loop.golden(home / "run", config, 1)
+    assert sampled == [Counter(f"images/{index:06d}" for index in range(IMAGES))]
+    assert decoded() == Counter({row.key for row in rows_of(home, "candidates")})
+    assert manifest(home, "claims")["counts"]["asked_again"] == len(rows_of(home, "claims")) > 0
+
+
 def test_the_closing_counts_are_those_of_the_rows(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     loop.golden(finished / "run", config_of(finished), 1)  # done before: counts only
     counts = manifest(finished, "pairs")["counts"]
@@ -709,14 +778,21 @@ def scenes_home(ready: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     from captioner.engines.hf import HFEngine
 
     home = copy_of(ready, tmp_path)
-    facts = {}
-    for image, row in scenes.rows("round", GATE_IMAGES):
-        facts[image.tobytes()] = scenes.Scene.from_json(row["facts"])
+    drawn = [
+        (image, scenes.Scene.from_json(row["facts"])) for image, row in scenes.rows("round", GATE_IMAGES)
+    ]
     turned: dict[str, bool] = {}
+
+    def scene_of(engine: HFEngine, picture: Any) -> scenes.Scene:
+        shown = {view: part.tobytes() for view, part in picture.parts.items()}
+        cut = ((views.cut(image, list(shown)), scene) for image, scene in drawn)
+        return next(
+            scene for parts, scene in cut if [part.tobytes() for part in parts] == list(shown.values())
+        )
 
     def sample(engine: HFEngine, requests: Any, n: int, _: Any) -> Iterator[list[Candidate]]:
         for number, request in enumerate(requests):
-            true = scenes.statements(facts[request.image.tobytes()])
+            true = scenes.statements(scene_of(engine, request.image))
             false = scenes.statements(scenes.sample("qa", number))
             texts = [", ".join(true), ", ".join(false[:9]), ", ".join(true[:6] + false[1:4])]
             yield [
@@ -726,7 +802,7 @@ def scenes_home(ready: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     def p_yes(engine: HFEngine, requests: Any) -> Iterator[list[YesNo]]:
         for batch in requests:
-            scene, answers = facts[batch.image.tobytes()], []
+            scene, answers = scene_of(engine, batch.image), []
             for question in batch.questions:
                 text = question.removeprefix("Visible: ").removesuffix("?")
                 p = 0.97 if scenes.execute(text, scene) else 0.03
@@ -829,11 +905,13 @@ def test_a_verifier_trained_on_turned_labels_is_caught(tmp_path: Path) -> None:
         claims = planting.from_facts(scenes.LABORATORY, said, facts, planted.PER_IMAGE, random.Random(0))
         asked.append(ImageRow(row.key, row.path, questions=[dict(each) for each in claims]))
     engine = make_engine(tmp_path / "qa" / "captioner", config)
-    answers, failed = planted.ask(engine, asked, 1.0, lambda: None)
+    with stages.images(engine.renderer.spec, config, len(asked)) as pictures:
+        found = [made for _, made in planted.ask(engine, stages.prepared(asked, pictures), 1.0)]
     engine.close()
+    answers = [row for made in found if not isinstance(made, Failed) for row in made]
     table = qa.accuracy_table([qa.Answer(r.kind, r.stratum, r.answer, r.p_yes, 1.0) for r in answers])
     trust = planted.decide({name: vars(row) for name, row in table.items()}, {}, config.golden)
-    assert not failed and "color" in trust.distrusted and "shape" not in trust.distrusted
+    assert all(found) and "color" in trust.distrusted and "shape" not in trust.distrusted
     assert table["kind color"].accuracy < 0.5 < 0.7 < table["kind shape"].accuracy
 
 

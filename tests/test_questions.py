@@ -240,9 +240,9 @@ def test_a_verifier_learns_from_a_question_file(tmp_path: Path) -> None:
 
 def test_evaluate_asks_questions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The scores of `captioner evaluate --questions` are those of the engine's own answers."""
-    from captioner.engines import make_engine
+    from captioner.engines import QuestionBatch, make_engine
     from captioner.method import qa
-    from captioner.sources.folder import read_folder
+    from captioner.sources.folder import load_row, read_folder
 
     scenes.write("qa", 3, tmp_path / "asked")
     checkpoint = tiny_checkpoint(tmp_path / "verifier").path
@@ -251,7 +251,18 @@ def test_evaluate_asks_questions(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert main(job) == 0
     written = json.loads((tmp_path / "run" / "questions.json").read_text())["accuracy"]
     engine = make_engine(Path(checkpoint), Config())
-    expected = qa.accuracy_table(qa.ask(engine, read_folder(tmp_path / "asked")))
+    rows = read_folder(tmp_path / "asked")
+    asked = [list(filter(qa.is_yes_no, row.questions or [])) for row in rows]
+    batches = [
+        QuestionBatch(load_row(row)[0], list(map(qa.question_text, own)))
+        for row, own in zip(rows, asked, strict=True)
+    ]
+    answers = [
+        qa.Answer(q["kind"], q["stratum"], q["answer"], reply.p_yes, reply.label_mass)
+        for own, replies in zip(asked, engine.p_yes(batches), strict=True)
+        for q, reply in zip(own, replies, strict=True)
+    ]
+    expected = qa.accuracy_table(answers)
     assert written["verifier"] == {name: vars(row) for name, row in expected.items()} == written["base"]
     printed = capsys.readouterr().out
     assert "kind color" in printed and f"{expected['kind color'].accuracy:.3f}" in printed

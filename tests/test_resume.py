@@ -34,8 +34,8 @@ from captioner.pipeline.leases import Leases
 from captioner.pipeline.local import Inline
 from captioner.pipeline.output import Output
 from captioner.pipeline.prepare import Preparation
-from captioner.records import Candidate, CaptionRow, Failed
-from captioner.sources.folder import read_captions, read_folder
+from captioner.records import Candidate, CaptionRow
+from captioner.sources.folder import ImageRow, read_captions, read_folder
 from captioner.sources.source import open_source
 from captioner.views import BadImage, Cut, ViewSpec
 from loops import cli
@@ -432,12 +432,12 @@ def test_rows_of_a_table_that_changed_are_found_by_their_bytes(job: Job) -> None
 
 
 class Asked(Spy):
-    """Answers yes with the first letter's number in a question."""
+    """Answers yes with the first letter's number in a question, and one more about the view "b"."""
 
     def p_yes(self, requests: Iterator[QuestionBatch]) -> Iterator[list[YesNo]]:
         for batch in requests:
             assert isinstance(batch.image, Cut) and batch.image.size == (8, 8)
-            yield [YesNo(ord(text[0]) / 256, 1.0) for text in batch.questions]
+            yield [YesNo(ord(text[0]) / 256 + (batch.view == "b"), 1.0) for text in batch.questions]
 
 
 def test_the_images_of_a_stage_are_decoded_once_by_others(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -455,24 +455,45 @@ def test_the_images_of_a_stage_are_decoded_once_by_others(job: Job, monkeypatch:
     (job.home / "no-answer").write_text("6")
     rows = read_folder(job.images)
     engine: Any = Asked(job.home)
-    with stages.images(engine, Config(), processes=2) as pictures:
-        said = dict(stages.caption_images(engine, rows, 2, SamplingConfig(), pictures))
+    config = Config(caption=CaptionConfig(prepare_processes=2))
+    with stages.images(engine.renderer.spec, config, len(rows)) as pictures:
+        ready = stages.prepared(rows, pictures)
+        said = {
+            image.row: (image, own)
+            for image, own in stages.caption_images(engine, ready, 2, SamplingConfig())
+        }
         seen = [line.split() for line in decoded.read_text().splitlines()]
         assert sorted(key for _, key in seen) == [str(n) for n in range(10)]
         assert str(os.getpid()) not in {pid for pid, _ in seen}
-        answered = dict(stages.ask(engine, rows, lambda row: [row.key, "a"], pictures))
-    assert set(said) == set(answered) == set(rows)
-    bad = {row.key: found.reason for row, found in said.items() if isinstance(found, Failed)}
+
+        def questions(image: stages.Prepared[ImageRow]) -> list[tuple[str, str]]:
+            key = image.row.key  # of two views and of none
+            return [] if key == "5" else [("b", f"{key}b"), (stages.ALL, key), ("b", "a")]
+
+        again = stages.ask(engine, stages.prepared(rows, pictures), questions)
+        # what is asked about them next needs no decoding, whatever came before
+        twice = stages.ask(engine, (image for image, _ in again), lambda image: [(stages.ALL, "z")])
+        answered = {image.row: (image, own) for image, own in twice}
+        assert decoded.read_text().count("\n") == 20
+        once = {
+            image.row: own for image, own in stages.ask(engine, stages.prepared(rows, pictures), questions)
+        }
+    assert set(said) == set(answered) == set(once) == set(rows)
+    bad = {row.key: image.reason for row, (image, own) in said.items() if not own}
     assert bad == {
         "4": "not an image of a known format",
         "6": f"error: {NO_ANSWER}the server answers 500",
     }
     shas = {row.key: hashlib.sha256(row.path.read_bytes()).hexdigest() for row in rows}
-    for row, found in said.items():
-        if not isinstance(found, Failed):
-            assert [(c.key, c.k, c.sample) for c in found] == [(row.key, k, shas[row.key]) for k in range(2)]
-    for row, found in answered.items():
-        assert isinstance(found, Failed) == (row.key == "4")
-        if not isinstance(found, Failed):
-            assert found.sample == shas[row.key]
-            assert [each.p_yes for each in found.answers] == [ord(row.key) / 256, ord("a") / 256]
+    for row, (_, own) in said.items():
+        assert [(c.key, c.k, c.sample) for c in own] == [
+            (row.key, k, shas[row.key]) for k in range(2) if row.key not in bad
+        ]
+    for row, (image, own) in answered.items():
+        assert bool(image.reason) == (row.key == "4") and image.sample == shas[row.key] * (row.key != "4")
+        assert [each.p_yes for each in own] == [ord("z") / 256] * (row.key != "4")
+    for row, replies in once.items():
+        asked = [] if row.key in ("4", "5") else [f"b {row.key}", f"all {row.key}", "b a"]
+        assert [each.p_yes for each in replies] == [
+            ord(text.split()[1][0]) / 256 + (text[0] == "b") for text in asked
+        ]

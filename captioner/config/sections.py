@@ -98,6 +98,9 @@ class EngineConfig(ServerConfig):
     """Longest sequence of vLLM, tokens; None = all views of an image and 1024 more, if the model can."""
     vllm_python: str | None = None
     """Interpreter with vLLM that `captioner serve` starts; None = the one that runs the command."""
+    serve: bool = False
+    """Of the type `server`: each stage starts one for its checkpoint, on `vllm_python`, and ends it; with
+    --gpus one on every GPU. `urls` are not read then."""
 
 
 class ToolConfig(ServerConfig):

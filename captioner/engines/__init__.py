@@ -17,6 +17,7 @@ from captioner.engines.base import (
     TextRequest,
     YesNo,
 )
+from captioner.errors import CaptionerError
 
 __all__ = [
     "NO_ANSWER",
@@ -46,8 +47,17 @@ def make_engine(checkpoint: Path, config: Config, prompt: str | None = None) -> 
     captioner = model.load_frontend(checkpoint)
     if config.engine.type == "server":
         from captioner.engines.server import ServerEngine
+        from captioner.engines.serving import Served
 
-        return ServerEngine(captioner, config.views, config.engine, prompt=prompt)
+        if not config.engine.serve:
+            return ServerEngine(captioner, config.views, config.engine, prompt=prompt)
+        served = Served(checkpoint, config)
+        there = config.engine.model_copy(update={"urls": (served.url,), "model": None})
+        try:
+            return ServerEngine(captioner, config.views, there, prompt=prompt, served=served)
+        except CaptionerError:
+            served.close()
+            raise
     from captioner.engines.vllm import VLLMEngine
 
     return VLLMEngine(captioner, config.views, config.engine, config.model.dtype, prompt=prompt)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from captioner import views
 from captioner.config import EngineConfig, SamplingConfig, ViewsConfig, ViewsOverride
@@ -27,6 +27,9 @@ from captioner.files import hash_path, row_seed
 from captioner.models.model import Captioner
 from captioner.models.render import Renderer
 from captioner.records import Candidate
+
+if TYPE_CHECKING:
+    from captioner.engines.serving import Served
 
 NAME_LENGTH = 16  # digits of a checkpoint's hash that name it on a server
 BIAS = -100.0  # the strongest that the protocol allows; the logits of a model lie far inside
@@ -60,6 +63,7 @@ class ServerEngine:
 
     ``Candidate.mean_logprob`` is over the whole vocabulary of the served checkpoint. Where no server gives a
     good answer, candidates have the ``finish_reason`` "error: ..." and answers are NaN.
+    ``served``, a server of its own, ends with it.
     Raises EngineError where no server answers, none serves the checkpoint, or the prompts differ.
     """
 
@@ -69,8 +73,9 @@ class ServerEngine:
         views: ViewsConfig | ViewsOverride,
         config: EngineConfig,
         prompt: str | None = None,
+        served: Served | None = None,
     ):
-        self.captioner, self.prompt = captioner, prompt
+        self.captioner, self.prompt, self._served = captioner, prompt, served
         self.renderer = Renderer(captioner, views)
         self._words = Vocabulary(captioner, self.renderer)
         try:
@@ -84,6 +89,8 @@ class ServerEngine:
     def close(self) -> None:
         """End what is under way."""
         self._servers.close()
+        if self._served:
+            self._served.close()
 
     # ---- captions
 

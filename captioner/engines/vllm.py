@@ -7,6 +7,7 @@ by `captioner serve`.
 from __future__ import annotations
 
 import math
+import os
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from captioner.errors import CheckpointError, ConfigError, EngineError
 from captioner.files import row_seed
 from captioner.models.model import Captioner
 from captioner.models.render import Renderer
+from captioner.processes import guard
 from captioner.records import Candidate
 
 T = TypeVar("T")
@@ -104,11 +106,19 @@ class VLLMEngine:
         self.captioner, self.prompt, self.batch_size = captioner, prompt, config.max_num_seqs
         self.renderer = Renderer(captioner, views)
         self._words = Vocabulary(captioner, self.renderer)
-        self._llm: Any = LLM(**settings(captioner, self.renderer, config, dtype), disable_log_stats=True)
+        # its processes are no copies of this one, which may train, too
+        os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+        wanted = settings(captioner, self.renderer, config, dtype)
+        self._guard = guard()
+        self._llm: Any = LLM(**wanted, disable_log_stats=True)
         self._done: dict[int, Any] = {}  # completions by request, until their job takes them
 
     def close(self) -> None:
-        """Drop the model."""
+        """End what runs the model; the next engine may need its memory."""
+        if self._llm is not None:
+            self._llm.llm_engine.engine_core.shutdown()
+            self._guard.kill()
+            self._guard.wait()
         self._llm = None
 
     def sample(

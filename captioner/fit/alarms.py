@@ -11,8 +11,9 @@ Shapes: K tokens of a position, T positions.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NoReturn, cast
@@ -21,17 +22,19 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from captioner.config import AlarmsConfig, EngineConfig, SamplingConfig
-from captioner.engines import CaptionRequest
+from captioner.config import AlarmsConfig, Config, EngineConfig, SamplingConfig
 from captioner.engines.hf import HFEngine
 from captioner.errors import Refused
 from captioner.files import atomic_write_json
 from captioner.fit import distributed, objectives
 from captioner.fit.checkpoints import last_checkpoint
 from captioner.models.render import Renderer, TrainRow, collate
+from captioner.pipeline import stages
+from captioner.pipeline.stages import Prepared
 from captioner.processes import is_main
+from captioner.sources.folder import ImageRow
 from captioner.statements import comparable_statements, repeats
-from captioner.views import load_image
+from captioner.views import BadImage
 
 TOP = 32  # tokens of a position that the divergence from the origin is taken over; the rest is one outcome
 MEND = (
@@ -49,15 +52,27 @@ class Origin:
     log_probs: Sequence[Tensor]  # [T, K]
 
 
+def pictures(renderer: Renderer, paths: Sequence[Path]) -> dict[Path, Prepared[ImageRow]]:
+    """Images that are looked at again and again: decoded once, by other processes. Raises BadImage."""
+    rows = [ImageRow(str(path), path) for path in dict.fromkeys(paths)]
+    with stages.images(renderer.spec, Config(), len(rows)) as preparing:
+        found = {image.row.path: image for image in stages.prepared(rows, preparing)}
+    for image in found.values():
+        if image.reason:
+            raise BadImage(image.reason)
+    return found
+
+
 def origin(renderer: Renderer, said: Sequence[tuple[Path, str]]) -> Origin:
     """Measure an origin on images and their captions (the chosen ones of a round)."""
-    top = [scores.topk(min(TOP, scores.shape[1])) for scores in _scores(renderer, said)]
+    shown = pictures(renderer, [path for path, _ in said])
+    top = [scores.topk(min(TOP, scores.shape[1])) for scores in _scores(renderer, said, shown)]
     return Origin(said, [each.indices for each in top], [each.values for each in top])
 
 
-def drift(renderer: Renderer, start: Origin) -> float:
+def drift(renderer: Renderer, start: Origin, shown: Mapping[Path, Prepared[ImageRow]]) -> float:
     """Mean over the tokens of KL(origin || captioner), nats: one forward of each caption, nothing sampled."""
-    scores = _scores(renderer, start.said)
+    scores = _scores(renderer, start.said, shown)
     each = [
         objectives.divergence(then, now.gather(1, ids))
         for now, ids, then in zip(scores, start.ids, start.log_probs, strict=True)
@@ -66,12 +81,18 @@ def drift(renderer: Renderer, start: Origin) -> float:
 
 
 @torch.no_grad()
-def _scores(renderer: Renderer, said: Sequence[tuple[Path, str]]) -> Iterator[Tensor]:
+def _scores(
+    renderer: Renderer,
+    said: Sequence[tuple[Path, str]],
+    shown: Mapping[Path, Prepared[ImageRow]],
+) -> Iterator[Tensor]:
     """Log-probabilities [T, vocabulary] at the tokens of each caption, its end token included."""
     captioner = renderer.captioner
     model: Any = captioner.model
     for path, caption in said:
-        patches, grid = renderer.patches_batch([load_image(path)[0]])[0]
+        picture = shown[path].picture
+        assert picture is not None
+        patches, grid = renderer.patches_batch([picture])[0]
         batch = collate(renderer, [TrainRow(patches, grid, False, [renderer.branch_ids(None, caption)])])
         answer = batch.pop("labels")[0, 1:] >= 0
         inputs = {name: tensor.to(captioner.device) for name, tensor in batch.items()}
@@ -79,12 +100,11 @@ def _scores(renderer: Renderer, said: Sequence[tuple[Path, str]]) -> Iterator[Te
         yield model.lm_head(hidden[answer.to(hidden.device)]).float().log_softmax(-1)
 
 
-def written(renderer: Renderer, paths: Sequence[Path], longest: int) -> dict[str, float]:
+def written(renderer: Renderer, shown: Sequence[Prepared[ImageRow]], longest: int) -> dict[str, float]:
     """What greedy captions are like: shares that end, repeat statements, are different ones; mean tokens."""
-    engine = HFEngine(renderer.captioner, renderer.config, EngineConfig(max_num_seqs=len(paths)))
+    engine = HFEngine(renderer.captioner, renderer.config, EngineConfig(max_num_seqs=len(shown)))
     greedy = SamplingConfig(temperature=0.0, max_tokens=longest)
-    requests = (CaptionRequest(str(path), path, "") for path in paths)
-    made = [candidate for [candidate] in engine.sample(requests, 1, greedy)]
+    made = [candidate for _, [candidate] in stages.caption_images(engine, shown, 1, greedy)]
     statements = [comparable_statements(each.text) for each in made]
     repeated = [repeats(said) / len(said) for said in statements if said]
     return {
@@ -115,6 +135,12 @@ class Alarms(TrainerCallback):
         self.file = out / "probe.json"  # of the reference
         self.below = 0  # steps in a row with chosen below its reference
 
+    @cached_property
+    def shown(self) -> dict[Path, Prepared[ImageRow]]:
+        """What rank 0 looks at."""
+        told = self.origin.said if self.origin else ()
+        return pictures(self.renderer, [*self.paths, *(path for path, _ in told)])
+
     def begin(
         self,
         chosen: Callable[[], float],
@@ -137,15 +163,19 @@ class Alarms(TrainerCallback):
 
         Rank 0 looks for all.
         """
-        captioner, seen = self.renderer.captioner, dict[str, float]()
-        if is_main():
-            training = captioner.model.training
-            captioner.model.eval()
-            seen = written(self.renderer, self.paths, self.config.max_tokens)
-            if self.origin is not None:
-                seen["kl"] = drift(self.renderer, self.origin)
-            captioner.model.train(training)
-        return cast(dict[str, float], distributed.collect([seen], captioner.device)[0])
+        seen = [self._look()] if is_main() else []
+        return cast(dict[str, float], distributed.collect(seen, self.renderer.captioner.device)[0])
+
+    def _look(self) -> dict[str, float]:
+        model = self.renderer.captioner.model
+        training = model.training
+        model.eval()
+        shown = [self.shown[path] for path in self.paths]
+        seen = written(self.renderer, shown, self.config.max_tokens)
+        if self.origin is not None:
+            seen["kl"] = drift(self.renderer, self.origin, self.shown)
+        model.train(training)
+        return seen
 
     def on_step_end(self, _args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         step, config = state.global_step, self.config

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from math import isfinite
 from pathlib import Path
 
 from captioner import laboratory, prompts
 from captioner.config import Config
-from captioner.engines import QuestionBatch, YesNo, make_engine
+from captioner.engines import Engine, YesNo
 from captioner.errors import ConfigError, RunError
 from captioner.files import hash_path
 from captioner.judges.verifier import Asked
 from captioner.method import qa
 from captioner.method.tool import Rules
-from captioner.progress import progress
+from captioner.pipeline import stages
+from captioner.pipeline.stages import Output, Prepared
 from captioner.records import Claim
-from captioner.runs import Run, Shards
-from captioner.sources.folder import ImageRow, load_row
-from captioner.views import BadImage
+from captioner.runs import Run
+from captioner.sources.folder import ImageRow
 
 SHARD_ROWS = 64  # images between two published shards
 HOME = "judge"  # of the verifier that a run trains for its gate
@@ -100,11 +101,13 @@ def ask(
     made_of = {**section, "judge": judge, "data": hash_path(folder)}
     name = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:12]
     stage = run.stage(f"evaluation/{name}", section, {"captioner": checkpoint, "data": folder})
-    shards = Shards(stage.dir, Claim)
+    output = Output(stage.dir, Claim, apart=False)
     if not stage.done:
         asked = [row for row in images if claims.get(row.key)]
-        _fill(config, checkpoint, asked, claims, temperature, shards)
-    rows = shards.read_all()
+        parts = [asked[start : start + SHARD_ROWS] for start in range(0, len(asked), SHARD_ROWS)]
+        work = partial(_answers, claims, temperature, judge)
+        stages.fill(output, "the judge's answers", parts, checkpoint, config, work)
+    rows = output.rows.read_all()
     if not stage.done:
         stage.finish({"images": len(images), "claims": len(rows)})
     found: dict[str, dict[str, Asked]] = {}
@@ -114,51 +117,28 @@ def ask(
     return found
 
 
-def _fill(
-    config: Config,
-    checkpoint: Path,
-    images: Sequence[ImageRow],
+def _answers(
     claims: Mapping[str, Sequence[str]],
     temperature: float,
-    shards: Shards[Claim],
-) -> None:
-    """Write every missing shard."""
-    parts = [images[start : start + SHARD_ROWS] for start in range(0, len(images), SHARD_ROWS)]
-    missing = [index for index in range(len(parts)) if not shards.has(index)]
-    if not missing:
-        return
-    judge, tool, engine = hash_path(checkpoint), Rules(), make_engine(checkpoint, config)
-    try:
-        with progress("the judge's answers", sum(len(parts[index]) for index in missing)) as bar:
-            for index in missing:
-                read: list[tuple[ImageRow, str]] = []
-                rows = []
-                batches = _batches(parts[index], claims, tool, read, bar.advance)
-                for at, answers in enumerate(engine.p_yes(batches)):
-                    row, sha = read[at]
-                    for text, answer in zip(claims[row.key], answers, strict=True):
-                        rows.append(_claim(row.key, sha, text, answer, tool, temperature, judge))
-                shards.write(index, rows)
-    finally:
-        engine.close()
+    judge: str,
+    engine: Engine,
+    images: Iterable[Prepared[ImageRow]],
+) -> Iterator[tuple[ImageRow, list[Claim]]]:
+    """The judge's answers about every image; none where it cannot be read: it has no caption either."""
+    tool = Rules()
 
+    def questions(image: Prepared[ImageRow]) -> list[tuple[str, str]]:
+        return [(stages.ALL, tool.decompose(text).text) for text in claims[image.row.key]]
 
-def _batches(
-    part: Sequence[ImageRow],
-    claims: Mapping[str, Sequence[str]],
-    tool: Rules,
-    read: list[tuple[ImageRow, str]],
-    advance: Callable[[int], None],
-) -> Iterator[QuestionBatch]:
-    """All questions about each image; those that could be read go to ``read``, with their hash."""
-    for row in part:
-        advance(1)
-        try:
-            image, sha = load_row(row)
-        except BadImage:  # it has no caption either
-            continue
-        read.append((row, sha))
-        yield QuestionBatch(image, [tool.decompose(text).text for text in claims[row.key]])
+    for image, answers in stages.ask(engine, images, questions):
+        texts = [] if image.reason else claims[image.row.key]
+        yield (
+            image.row,
+            [
+                _claim(image.row.key, image.sample, text, answer, tool, temperature, judge)
+                for text, answer in zip(texts, answers, strict=True)
+            ],
+        )
 
 
 def _claim(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from captioner import prompts
 from captioner.config import Config
 from captioner.method import rounds
-from captioner.method.rounds import Output, Plan
+from captioner.method.rounds import Plan
+from captioner.pipeline import stages
+from captioner.pipeline.stages import Output, Prepared
 from captioner.processes import is_main
 from captioner.records import Candidate, Failed
 from captioner.runs import Run, Shards, Stage
@@ -57,27 +59,13 @@ def fill(stage: Stage, run: Run, plan: Plan, config: Config, images: list[ImageR
     sampling = settings.sampling.model_copy(update={"seed": config.seed + settings.sampling.seed})
 
     def work(
-        engine: Engine, part: list[ImageRow], advance: Callable[[], None]
-    ) -> tuple[list[Candidate], list[Failed]]:
-        from captioner.engines import CaptionRequest
+        engine: Engine, images: Iterable[Prepared[ImageRow]]
+    ) -> Iterator[tuple[ImageRow, list[Candidate] | Failed]]:
+        for image, said in stages.caption_images(engine, images, settings.samples, sampling):
+            yield image.row, image.failed() if image.reason else mark(said)
 
-        failed: list[Failed] = []
-
-        def requests() -> Iterator[CaptionRequest]:
-            for row, image, sample in rounds.load(part, failed, advance):
-                yield CaptionRequest(row.key, image, sample)
-
-        rows: list[Candidate] = []
-        for sampled in engine.sample(requests(), settings.samples, sampling):
-            error = next((each.error for each in sampled if each.error), None)
-            if error:  # of an image with fewer samples than the others no votes can be counted
-                failed.append(Failed(sample=sampled[0].sample, key=sampled[0].key, reason=error))
-            else:
-                rows += mark(sampled)
-            advance()
-        return rows, failed
-
-    rounds.fill(output, "sampling", rounds.parts(images, settings.shard_rows), plan.captioner, config, work)
+    parts = rounds.parts(images, settings.shard_rows)
+    stages.fill(output, "sampling", parts, plan.captioner, config, work)
     if not is_main():
         return
     rows = output.rows.read_all()

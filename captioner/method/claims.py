@@ -6,9 +6,9 @@ A ledger never changes: verdicts (:mod:`captioner.method.verdicts`) stand beside
 from __future__ import annotations
 
 import re
-from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +18,10 @@ from captioner.engines import YesNo
 from captioner.files import hash_path
 from captioner.fit import distributed
 from captioner.method import candidates, qa, reask, rounds
-from captioner.method.rounds import CHANGED, Output, Plan
+from captioner.method.rounds import CHANGED, Plan
 from captioner.method.tool import Statement, Tool, ToolFailed
+from captioner.pipeline import stages
+from captioner.pipeline.stages import Output, Prepared
 from captioner.processes import is_main
 from captioner.records import Candidate, Claim, Failed, Unasked
 from captioner.runs import Run, Shards, Stage
@@ -115,6 +117,8 @@ class Asker:
     """Asks a verifier about the statements of images, and again about what it could not decide."""
 
     tool: Tool
+    sampled: Mapping[str, list[Candidate]]
+    selections: Mapping[str, Selection]
     distrusted: Collection[str]  # kinds that are not asked again
     calibration: qa.Calibration
     verifier: str  # its hash
@@ -122,89 +126,65 @@ class Asker:
     plan: list[View]  # of a square image
 
     def ask(
-        self,
-        engine: Engine,
-        part: list[ImageRow],
-        sampled: Mapping[str, list[Candidate]],
-        selections: Mapping[str, Selection],
-        failed: list[Failed],
-        advance: Callable[[], None],
-    ) -> dict[str, list[Claim]]:
-        """The claims of each image by key, after one question each."""
-        from captioner.engines import QuestionBatch
+        self, engine: Engine, images: Iterable[Prepared[ImageRow]]
+    ) -> Iterator[tuple[ImageRow, list[Claim] | Failed]]:
+        """The claims of each image, after one question each and second ones where those left them undecided.
 
-        own = [row for row in part if row.key in sampled]
-        asked: list[tuple[Candidate, list[Statement]]] = []  # of each image that the engine was given
-
-        def requests() -> Iterator[QuestionBatch]:
-            for row, image, sample in rounds.load(own, failed, advance):
-                first, statements = sampled[row.key][0], selections[row.key].asked
-                if first.sample == sample and statements:
-                    asked.append((first, statements))
-                    yield QuestionBatch(image, [self.tool.decompose(each.text).text for each in statements])
-                else:
-                    reason = NO_STATEMENT if first.sample == sample else CHANGED
-                    failed.append(Failed(sample=sample, key=row.key, reason=reason))
-                    advance()
-
+        An image is asked about again as soon as it has its first answers, so few are held for that.
+        """
         claims: dict[str, list[Claim]] = {}
-        for number, answers in enumerate(engine.p_yes(requests())):
-            candidate, statements = asked[number]
-            if all(isfinite(answer.p_yes) for answer in answers):
-                claims[candidate.key] = claims_of(
-                    candidate, statements, answers, self.tool, self.verifier, self.calibration.temperature
-                )
+        second: dict[str, list[tuple[int, tuple[str, str]]]] = {}  # (number of the claim, question)
+
+        def first(image: Prepared[ImageRow]) -> list[tuple[str, str]]:
+            asked = self.selections[image.row.key].asked
+            return [(stages.ALL, self.tool.decompose(each.text).text) for each in asked]
+
+        def answered() -> Iterator[Prepared[ImageRow]]:
+            for image, answers in stages.ask(engine, map(self._checked, images), first):
+                if not all(isfinite(answer.p_yes) for answer in answers):
+                    image = image.refused(NOT_FINITE)
+                if not image.reason:
+                    key, heat = image.row.key, self.calibration.temperature
+                    one, said = self.sampled[key][0], self.selections[key].asked
+                    claims[key] = claims_of(one, said, answers, self.tool, self.verifier, heat)
+                    second[key] = list(self._second(claims[key]))
+                yield image
+
+        again = stages.ask(engine, answered(), lambda image: [asked for _, asked in second[image.row.key]])
+        for image, answers in again:
+            if image.reason:
+                yield image.row, image.failed()
             else:
-                failed.append(Failed(sample=candidate.sample, key=candidate.key, reason=NOT_FINITE))
-            advance()
-        return claims
+                own = claims.pop(image.row.key)
+                self._take(own, second.pop(image.row.key), answers)
+                yield image.row, own
 
-    def ask_again(
-        self, engine: Engine, part: list[ImageRow], claims: dict[str, list[Claim]], failed: list[Failed]
-    ) -> list[list[Claim]]:
-        """The claims with the answers to second questions where the first left them undecided."""
-        from captioner.engines import QuestionBatch
+    def _checked(self, image: Prepared[ImageRow]) -> Prepared[ImageRow]:
+        """The image, unless nothing can be asked about it."""
+        if image.reason:
+            return image
+        if self.sampled[image.row.key][0].sample != image.sample:
+            return image.refused(CHANGED)
+        return image if self.selections[image.row.key].asked else image.refused(NO_STATEMENT)
 
-        second: dict[str, dict[int, list[tuple[str, str]]]] = defaultdict(dict)  # key -> claim -> asked
-        for key, own in claims.items():
-            for index, claim in enumerate(own):
-                unsure = claim.expected == "yes" and qa.undecided(claim.p_yes, self.calibration)
-                if unsure and claim.kind not in self.distrusted:
-                    ways = [
-                        reask.second_question(way, claim.text, claim.question, self.plan) for way in self.ways
-                    ]
-                    if asked := [way for way in ways if way]:
-                        second[key][index] = asked
-        again = [row for row in part if row.key in second]
-        batches: list[tuple[str, list[tuple[int, int]]]] = []  # key, (claim, number of its question)
+    def _second(self, claims: Sequence[Claim]) -> Iterator[tuple[int, tuple[str, str]]]:
+        """The second questions about an image."""
+        for index, claim in enumerate(claims):
+            unsure = claim.expected == "yes" and qa.undecided(claim.p_yes, self.calibration)
+            for way in self.ways if unsure and claim.kind not in self.distrusted else ():
+                if asked := reask.second_question(way, claim.text, claim.question, self.plan):
+                    yield index, asked
 
-        def requests() -> Iterator[QuestionBatch]:
-            for row, image, sample in rounds.load(again, failed, lambda: None):
-                if claims[row.key][0].sample != sample:
-                    failed.append(Failed(sample=sample, key=row.key, reason=CHANGED))
-                    continue
-                for view in sorted({view for asked in second[row.key].values() for view, _ in asked}):
-                    places = [
-                        (i, n)
-                        for i, asked in second[row.key].items()
-                        for n in range(len(asked))
-                        if asked[n][0] == view
-                    ]
-                    batches.append((row.key, places))
-                    yield QuestionBatch(image, [second[row.key][i][n][1] for i, n in places], view)
-
-        answers: dict[tuple[str, int, int], YesNo] = {}
-        for number, replies in enumerate(engine.p_yes(requests())):
-            key, places = batches[number]
-            answers |= {(key, i, n): reply for (i, n), reply in zip(places, replies, strict=True)}
-        lost = {row.key for row in failed}
-        for key in second.keys() - lost:
-            for i, asked in second[key].items():
-                replies = [answers[key, i, n] for n in range(len(asked))]
-                if all(isfinite(reply.p_yes) for reply in replies):
-                    first, heat = claims[key][i], self.calibration.temperature
-                    claims[key][i] = reask.asked_again(first, asked, replies, heat)
-        return [own for key, own in claims.items() if key not in lost]
+    def _take(
+        self, claims: list[Claim], second: list[tuple[int, tuple[str, str]]], answers: Sequence[YesNo]
+    ) -> None:
+        """Take the answers to second questions into the claims; a claim that lacks one stays as it is."""
+        told = list(zip(second, answers, strict=True))
+        for index in dict.fromkeys(index for index, _ in second):
+            asked, replies = zip(*((ask, reply) for (i, ask), reply in told if i == index), strict=True)
+            if all(isfinite(reply.p_yes) for reply in replies):
+                heat = self.calibration.temperature
+                claims[index] = reask.asked_again(claims[index], asked, replies, heat)
 
 
 # ---- the stage
@@ -240,29 +220,33 @@ def fill(
         return
     output = Output(stage.dir, Claim)
     sampled = candidates.read(plan.home)
-    with distributed.main_first(config.model.device):  # the others find the tool's answers in its cache
+    with distributed.main_first(stages.meeting(config)):  # the others find the tool's answers in its cache
         selections, unread = _selections(sampled, tool, settings.max_questions)
     calibration = qa.Calibration.read(plan.calibration)
     ways = calibration.reask if settings.reask is None else settings.reask
     square = reask.square_plan(plan.verifier, config.views) if "view" in ways else []
-    asker = Asker(tool, distrusted, calibration, hash_path(plan.verifier), ways, square)
+    asker = Asker(tool, sampled, selections, distrusted, calibration, hash_path(plan.verifier), ways, square)
 
     def work(
-        engine: Engine, part: list[ImageRow], advance: Callable[[], None]
-    ) -> tuple[list[Claim], list[Failed]]:
-        failed = [unread[row.key] for row in part if row.key in unread]
-        part = [row for row in part if row.key not in unread]
-        asked = asker.ask(engine, part, sampled, selections, failed, advance)
-        return [claim for own in asker.ask_again(engine, part, asked, failed) for claim in own], failed
+        engine: Engine, images: Iterable[Prepared[ImageRow]]
+    ) -> Iterator[tuple[ImageRow, list[Claim] | Failed]]:
+        for row, made in asker.ask(engine, images):
+            yield row, unread.get(row.key, made)
 
     parts = rounds.parts(images, settings.shard_rows)
     for index, part in enumerate(parts if is_main() else ()):
         own = [key for key in (row.key for row in part) if key in selections]
         unasked = [row for key in own for row in _unasked(sampled[key][0], selections[key])]
         Shards(stage.dir / "unasked", Unasked).write(index, unasked)
-    rounds.fill(output, "verifying", parts, plan.verifier, config, work)
+    asked = [[_to_ask(row, unread) for row in part if row.key in sampled] for part in parts]
+    stages.fill(output, "verifying", asked, plan.verifier, config, work)
     if is_main():
         _finish(stage, run, output.rows.read_all(), selections, len(images))
+
+
+def _to_ask(row: ImageRow, unread: Mapping[str, Failed]) -> ImageRow:
+    """The row, without its image where the tool found no statement."""
+    return replace(row, error=unread[row.key].reason) if row.key in unread else row
 
 
 def _unasked(candidate: Candidate, selection: Selection) -> list[Unasked]:

@@ -9,8 +9,9 @@ from typing import Any, Literal
 
 from captioner.config import Config, GoldenConfig
 from captioner.method import rounds, verdicts
-from captioner.method.rounds import Output, Plan
+from captioner.method.rounds import Plan
 from captioner.method.verdicts import Thresholds, confidence
+from captioner.pipeline.stages import Output
 from captioner.records import Candidate, Claim, Failed, Golden
 from captioner.runs import Run, Shards, Stage
 from captioner.statements import comparable_statements, is_one_statement, normalise
@@ -117,15 +118,13 @@ def fill(stage: Stage, run: Run, plan: Plan, config: Config, images: int, thresh
     count_tokens = _token_counter(plan.captioner) if missing else len
     for index in missing:
         samples = Counter(row.key for row in candidates.read(index))
-        rows: list[Golden] = []
-        failed: list[Failed] = []
+        made: list[list[Golden] | Failed] = []
         for key, claims in rounds.by_key(verdicts.read_shard(home, index)).items():
-            made = build(claims, samples[key], settings, count_tokens, thresholds.neutral)
-            if isinstance(made, Golden):
-                rows.append(made)
-            else:
-                failed.append(Failed(sample=claims[0].sample, key=key, reason=made))
-        output.write(index, rows, failed)
+            one = build(claims, samples[key], settings, count_tokens, thresholds.neutral)
+            made.append(
+                [one] if isinstance(one, Golden) else Failed(sample=claims[0].sample, key=key, reason=one)
+            )
+        output.write(index, made)
     captions = output.rows.read_all()
     counts = {"images": images, "golden": len(captions), **rounds.verdict_counts(verdicts.read(home))}
     rounds.finish(stage, run, counts, images)

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +21,10 @@ from captioner.errors import Refused, RunError
 from captioner.files import atomic_write_json, row_seed
 from captioner.fit import distributed
 from captioner.method import candidates, claims, kinds, planting, qa, rounds
-from captioner.method.rounds import Output, Plan
+from captioner.method.rounds import Plan
 from captioner.method.tool import Rules
+from captioner.pipeline import stages
+from captioner.pipeline.stages import Output, Prepared
 from captioner.processes import is_main
 from captioner.records import Candidate, Failed, Planted
 from captioner.runs import Run, Stage
@@ -159,12 +162,12 @@ def fill(stage: Stage, run: Run, plan: Plan, config: Config, folder: Path) -> No
     output = Output(stage.dir, Planted)
 
     def work(
-        engine: Engine, part: list[ImageRow], advance: Callable[[], None]
-    ) -> tuple[list[Planted], list[Failed]]:
-        return ask(engine, part, temperature, advance)
+        engine: Engine, images: Iterable[Prepared[ImageRow]]
+    ) -> Iterator[tuple[ImageRow, list[Planted] | Failed]]:
+        return ask(engine, images, temperature)
 
-    rounds.fill(output, "planted claims", [rows] if rows else [], plan.verifier, config, work)
-    with distributed.main_first(config.model.device):
+    stages.fill(output, "planted claims", [rows] if rows else [], plan.verifier, config, work)
+    with distributed.main_first(stages.meeting(config)):
         if is_main():
             _finish(stage, output, len(rows))
 
@@ -230,26 +233,30 @@ def _of_facts(
 
 
 def ask(
-    engine: Engine, part: list[ImageRow], temperature: float, advance: Callable[[], None]
-) -> tuple[list[Planted], list[Failed]]:
-    """The verifier's calibrated answers to the questions of ``part``."""
-    from captioner.engines import QuestionBatch
+    engine: Engine, images: Iterable[Prepared[ImageRow]], temperature: float
+) -> Iterator[tuple[ImageRow, list[Planted] | Failed]]:
+    """The verifier's calibrated answers to the questions that each image comes with."""
 
-    failed: list[Failed] = []
-    asked: list[tuple[ImageRow, str]] = []
+    def questions(image: Prepared[ImageRow]) -> list[tuple[str, str]]:
+        return [(stages.ALL, qa.question_text(question)) for question in image.row.questions or []]
 
-    def requests() -> Iterator[QuestionBatch]:
-        for row, image, sample in rounds.load(part, failed, advance):
-            asked.append((row, sample))
-            yield QuestionBatch(image, [qa.question_text(question) for question in row.questions or []])
-
-    rows: list[Planted] = []
-    for number, answers in enumerate(engine.p_yes(requests())):
-        row, sample = asked[number]
-        for question, answer in zip(row.questions or [], answers, strict=True):
-            told = {name: question[name] for name in ("kind", "stratum", "answer")}
-            text, mass = question["question"], answer.label_mass
-            p = qa.scale(answer.p_yes, temperature)
-            rows.append(Planted(sample=sample, key=row.key, text=text, p_yes=p, label_mass=mass, **told))
-        advance()
-    return rows, failed
+    for image, answers in stages.ask(engine, images, questions):
+        if not all(isfinite(answer.p_yes) for answer in answers):
+            image = image.refused(claims.NOT_FINITE)
+        if image.reason:
+            yield image.row, image.failed()
+            continue
+        yield (
+            image.row,
+            [
+                Planted(
+                    sample=image.sample,
+                    key=image.row.key,
+                    text=question["question"],
+                    p_yes=qa.scale(answer.p_yes, temperature),
+                    label_mass=answer.label_mass,
+                    **{name: question[name] for name in ("kind", "stratum", "answer")},
+                )
+                for question, answer in zip(image.row.questions or [], answers, strict=True)
+            ],
+        )

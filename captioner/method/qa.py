@@ -1,4 +1,4 @@
-"""Yes/no questions: how they are put, drawn in balance and held out, and how well a verifier answers them.
+"""Yes/no questions: how they are put, drawn in balance and held out, and what their answers are worth.
 
 A verifier's P(yes) is made honest by one temperature (Guo et al. 2017), fitted on held-out questions; the
 same questions tell between which probabilities its word is not good enough.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -22,17 +22,14 @@ from scipy.special import expit, log_expit, logit
 from captioner import prompts
 from captioner.errors import DataError, RunError
 from captioner.files import row_seed
-from captioner.progress import console, progress
-from captioner.views import load_image
+from captioner.progress import console
 
 if TYPE_CHECKING:
-    from captioner.engines import Engine
     from captioner.sources.folder import ImageRow
 
 ANSWERS = ("yes", "no")
 OPEN = "open"  # stratum of a question that asks for a word
 WORDINGS = ("question", "question_again")  # prompts that put a statement as a question
-GRAY = (128, 128, 128)  # what the blind baseline sees
 ENOUGH = 20  # answers below which a share says nothing
 BINS = 10  # of the calibration error
 BAND_GROUP = 40  # answers whose share of "yes" is looked at together
@@ -216,28 +213,6 @@ def accuracy_table(answers: Sequence[Answer], blind: Sequence[Answer] = ()) -> d
         return table
     unseen = {name: accuracy([blind[i] for i in members]).accuracy for name, members in groups.items()}
     return {name: replace(scores, blind=unseen[name]) for name, scores in table.items()}
-
-
-def ask(engine: Engine, rows: Sequence[ImageRow], *, blind: bool = False) -> list[Answer]:
-    """A verifier's raw answers to all yes/no questions of the rows; ``blind``: shown a gray image instead."""
-    from captioner.engines import QuestionBatch
-
-    asked = [[question for question in row.questions or [] if is_yes_no(question)] for row in rows]
-
-    def batches() -> Iterator[QuestionBatch]:
-        for row, own in zip(rows, asked, strict=True):
-            image = load_image(row.path)[0]
-            if blind:
-                image.paste(GRAY, (0, 0, *image.size))
-            yield QuestionBatch(image, [question_text(question) for question in own])
-
-    answers = []
-    with progress("blind" if blind else "yes/no questions", len(rows)) as bar:
-        for own, replies in zip(asked, engine.p_yes(batches()), strict=True):
-            bar.advance()
-            for q, reply in zip(own, replies, strict=True):
-                answers.append(Answer(q["kind"], q["stratum"], q["answer"], reply.p_yes, reply.label_mass))
-    return answers
 
 
 def print_table(accuracies: Mapping[str, Accuracy], title: str = "held out") -> None:

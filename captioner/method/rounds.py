@@ -1,39 +1,29 @@
-"""What the stages of a round share: its plan, its images, the engine that serves them, rows and counts."""
+"""What the stages of a round share: its plan, its rows and counts, how they begin and end."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from captioner import laboratory
-from captioner.config import Config
-from captioner.engines import make_engine
 from captioner.errors import Refused, RunError
-from captioner.fit import distributed
-from captioner.progress import progress
-from captioner.records import Candidate, Claim, Failed, RecordT
+from captioner.records import Candidate, Claim, Failed
 from captioner.runs import Run, Shards, Stage
-from captioner.sources.folder import ImageRow, load_row
+from captioner.sources.folder import ImageRow
 from captioner.sources.gather import part_of_round
-from captioner.views import BadImage
 
 if TYPE_CHECKING:
-    from PIL import Image
-
-    from captioner.engines import Engine
     from captioner.laboratory import Laboratory
 
 Inputs = dict[str, Path | str]  # a Path, or a data source as the config names it
 RowT = TypeVar("RowT", Candidate, Claim)
 STAGES = ("candidates", "claims", "verdicts", "golden", "pairs")
 CHANGED = "changed since it was sampled"
-Work = Callable[["Engine", list[ImageRow], Callable[[], None]], tuple[list[RecordT], list[Failed]]]
 
 
 @dataclass(frozen=True)
@@ -64,66 +54,6 @@ def round_source(source: str, number: int) -> str:
     """The images of round ``number``: of a laboratory and of a source with a count, it takes its own part."""
     part = laboratory.parse(source)
     return part_of_round(source, number) if part is None else part.next(number - 1)
-
-
-# ---------------------------------------------------------------- images in, rows out
-
-
-class Output(Generic[RecordT]):
-    """Shards of a stage's rows beside those of the images it failed on; the rows' file is written last."""
-
-    def __init__(self, folder: Path, record: type[RecordT]):
-        self.rows = Shards(folder, record)
-        self.failed = Shards(folder / "failed", Failed)
-
-    def write(self, index: int, rows: list[RecordT], failed: list[Failed]) -> None:
-        self.failed.write(index, failed)
-        self.rows.write(index, rows)
-
-
-def load(
-    part: list[ImageRow], failed: list[Failed], advance: Callable[[], None]
-) -> Iterator[tuple[ImageRow, Image.Image, str]]:
-    """(row, image, sha256) of each image that can be read; the others go to ``failed``."""
-    for row in part:
-        try:
-            image, sample = load_row(row)
-        except BadImage as error:
-            failed.append(Failed(sample="", key=row.key, reason=error.reason))
-            advance()
-            continue
-        yield row, image, sample
-
-
-def fill(
-    output: Output[RecordT],
-    description: str,
-    parts: list[list[ImageRow]],
-    checkpoint: Path,
-    config: Config,
-    work: Work[RecordT],
-) -> None:
-    """Make the missing shards, of several processes each its share; the model is loaded only for that."""
-    missing = [index for index in range(len(parts)) if not output.rows.has(index)]
-    distributed.barrier()  # before the first is written
-    own = distributed.share_out(missing)
-    if own:
-        total = sum(len(parts[index]) for index in own)
-        with _engine(checkpoint, config) as engine, progress(description, total) as bar:
-            for index in own:
-                rows, failed = work(engine, parts[index], bar.advance)
-                output.write(index, rows, failed)
-    distributed.barrier()
-
-
-@contextmanager
-def _engine(checkpoint: Path, config: Config) -> Iterator[Engine]:
-    """The one model in memory: captioner and verifier are never loaded together."""
-    engine = make_engine(checkpoint, config)
-    try:
-        yield engine
-    finally:
-        engine.close()
 
 
 # ---------------------------------------------------------------- rows and counts

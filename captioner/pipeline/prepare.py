@@ -115,18 +115,29 @@ class Preparation:
     def ahead(
         self, items: Iterable[T], image: Callable[[T], bytes | Path]
     ) -> Iterator[tuple[T, tuple[Cut, str] | BadImage]]:
-        """Every item with its views and its sha256, or why it has none, in order; prepared ahead."""
-        begun: deque[tuple[T, Future[tuple[Cut, str]]]] = deque()
+        """Every item with its views and its sha256, or why it has none, in order; prepared ahead.
+
+        ``image`` raises BadImage where an item has none.
+        """
+        begun: deque[tuple[T, Future[tuple[Cut, str]] | BadImage]] = deque()
+
+        def begin(item: T) -> Future[tuple[Cut, str]] | BadImage:
+            try:
+                return self.begin(image(item))
+            except BadImage as error:
+                return error
 
         def first() -> tuple[T, tuple[Cut, str] | BadImage]:
             item, future = begun.popleft()
+            if isinstance(future, BadImage):
+                return item, future
             try:
                 return item, self.finish(image(item), future)
             except BadImage as error:
                 return item, error
 
         for item in items:
-            begun.append((item, self.begin(image(item))))
+            begun.append((item, begin(item)))
             if len(begun) > self.executor.ahead:
                 yield first()
         while begun:

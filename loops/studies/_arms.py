@@ -12,6 +12,7 @@ from captioner.config import Config, SamplingConfig
 from captioner.files import atomic_write_json
 from captioner.judges import facts, metrics
 from captioner.judges.metrics import Counts
+from captioner.pipeline import stages
 from captioner.records import CaptionRow
 from captioner.runs import Run, Shards
 from captioner.sources import resolve
@@ -20,7 +21,7 @@ from captioner.statements import loops
 from loops import evaluate, sft
 
 if TYPE_CHECKING:
-    from captioner.engines.hf import HFEngine
+    from captioner.engines import Engine
     from captioner.models.model import Captioner
 
 Metrics = dict[str, float]
@@ -57,13 +58,12 @@ def train(config: Config, work: Path, home: Path) -> Captioner:
     return renderer.captioner
 
 
-def caption(engine: HFEngine, rows: Sequence[ImageRow], max_tokens: int, prose: bool = False) -> list[Counts]:
+def caption(config: Config, engine: Engine, rows: Sequence[ImageRow], prose: bool = False) -> list[Counts]:
     """The counts of greedy captions of scenes."""
-    from captioner.engines import CaptionRequest
-
-    requests = [CaptionRequest(row.key, row.path, row.key) for row in rows]
-    greedy = SamplingConfig(temperature=0.0, max_tokens=max_tokens)
-    said = [candidates[0] for candidates in engine.sample(requests, 1, greedy)]
+    greedy = SamplingConfig(temperature=0.0, max_tokens=config.evaluate.max_tokens)
+    with stages.images(engine.renderer.spec, config, len(rows)) as pictures:
+        shown = stages.prepared(rows, pictures)
+        said = [candidate for _, [candidate] in stages.caption_images(engine, shown, 1, greedy)]
     known = [facts.read(row.facts) for row in rows]
     return [
         metrics.count(row.key, c.text, each, finish_reason=c.finish_reason, tokens=c.tokens, prose=prose)

@@ -94,8 +94,7 @@ def _scores(config: Config, work: Path, captioner: Captioner, prose: bool = Fals
     test = images(config, work, config.evaluate.data)
     narrow = images(config, work, UNSEEN.format(count=len(test)))
     counts = {
-        name: caption(engine, rows, config.evaluate.max_tokens, prose)
-        for name, rows in (("test", test), ("narrow", narrow))
+        name: caption(config, engine, rows, prose) for name, rows in (("test", test), ("narrow", narrow))
     }
     return {
         "f1_narrow": evaluate(counts["narrow"], resamples=1)["f1"].value,

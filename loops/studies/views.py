@@ -68,7 +68,7 @@ def _scores(config: Config, work: Path, captioner: Captioner, shown: str | None 
     engine = HFEngine(captioner, config.views, config.engine)
     if shown:
         engine.renderer = _renderer(captioner, config, shown)
-    counts = caption(engine, images(config, work, config.evaluate.data), config.evaluate.max_tokens)
+    counts = caption(config, engine, images(config, work, config.evaluate.data))
     overall = evaluate(counts, resamples=1)
     return {
         "precision": overall["precision"].value,
