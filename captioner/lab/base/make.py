@@ -44,6 +44,7 @@ STAGES: tuple[language.Stage | tuple[str, dense.DenseConfig], ...] = (
     ),
     language.Stage("captions", 350, MIXED, six=0.8, captions=0.5, captions_six=0.2, decay_from=0.7, **SMALL),
     language.Stage("speak", 665, LAST, six=0.85, captions=0.6, captions_six=0.15, decay_from=0.9, **SMALL),
+    language.Stage("look", 500, LAST, six=0.85, captions=0.8, captions_six=0.1, decay_from=1.0, **SMALL),
     language.Stage(
         "own", 400, LAST, six=1.0, captions=0.5, captions_six=0.2, own=0.6, decay_from=0.3, **SMALL
     ),
