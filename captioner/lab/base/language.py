@@ -61,6 +61,7 @@ class Stage:
     no_whole: float = 0.0  # of the batches on six views leave out the whole one
     captions: float = 0.0
     captions_six: float = 0.0  # of the caption batches show six views
+    named: float = SPLITS["train"].named  # probability with which a caption names a fact
     own: float = 0.0  # of the question batches ask the captioner's own claims, see :mod:`own`
     decay_from: float = 0.5
     images: int = 8
@@ -160,8 +161,7 @@ class Writer:
         told = len(statement.split()) - 1 if true and kind == "object" else 0  # the place
         return self.branch(prompts.load("question", statement=statement), "yes" if true else "no", told)
 
-    def captions(self, rng: random.Random, pool: Pool, i: int) -> list[Branch]:
-        named = SPLITS[pool.split].named
+    def captions(self, rng: random.Random, pool: Pool, i: int, named: float) -> list[Branch]:
         texts = [shorthand(pool.scenes[i], rng.randrange(1 << 40), named) for _ in range(CAPTIONS_PER_IMAGE)]
         return [self.caption(pool.scenes[i], text) for text in texts]
 
@@ -300,7 +300,13 @@ def draw_batch(
         six = rng.random() < stage.captions_six
         views = range(VIEWS) if six else range(1)
         picked = rng.sample(range(len(captioned.pool)), stage.images if six else stage.caption_images)
-        return "caption", captioned, views, [writer.captions(rng, captioned.pool, i) for i in picked], picked
+        return (
+            "caption",
+            captioned,
+            views,
+            [writer.captions(rng, captioned.pool, i, stage.named) for i in picked],
+            picked,
+        )
     if own is not None and rng.random() < stage.own:
         picked = rng.sample(range(len(own.pool)), stage.images)
         return (
