@@ -13,7 +13,7 @@ from captioner.lab import scenes
 from captioner.lab.base import architecture, dense, language, own, packed
 from captioner.lab.base.pool import NOT_HERE, draw_pool
 from captioner.models import model
-from captioner.models.render import Renderer
+from captioner.models.render import IGNORED, Renderer
 
 STAGE = language.Stage("test", 1, dict.fromkeys(scenes.KINDS, 1.0), questions=12)
 
@@ -82,6 +82,65 @@ def test_labels_name_what_a_patch_shows(pool):
                     assert right["count"][i, view, patch] == scene.counts()[thing.noun] - 1
         stuck = {scenes.STICKERS[s] for s in right["sticker"][i, 1:].flatten().tolist() if s != NOT_HERE}
         assert stuck <= {thing.sticker for thing in scene.things}
+
+
+def _words(captioner, targets):
+    several = [right if isinstance(right, tuple) else (right,) for right in targets if right != IGNORED]
+    return [{captioner.tokenizer.decode([token]).strip() for token in right} for right in several]
+
+
+def test_questions_are_rendered_as_the_product_does_and_hint_at_the_answer(captioner, renderer):
+    """The place of a true statement and, right behind the question mark, the answer are learned as well."""
+    writer = language.Writer(renderer)
+    ids, targets = writer.yes_no("teapot top left", True, "object")
+    whole, mask = renderer.branch_ids("Visible: teapot top left?", "yes")
+    assert ids == whole[:-1]
+    assert _words(captioner, targets) == [{"top"}, {"left"}, {"yes"}, {"yes"}, {"<|im_end|>"}]
+    assert targets[-2:] == [token for token, on in zip(whole, mask, strict=True) if on]
+    assert _words(captioner, writer.yes_no("teapot top left", False, "object")[1]) == [
+        {"no"}, {"no"}, {"<|im_end|>"}
+    ]  # fmt: skip
+    plain = language.Writer(renderer, hints=False).yes_no("teapot top left", True, "object")
+    assert _words(captioner, plain[1]) == [{"yes"}, {"<|im_end|>"}]
+
+
+def test_captions_are_rendered_as_the_product_does_and_any_thing_may_come_next(captioner, renderer):
+    things = [scenes.Thing("teapot", "top left", "large", "star"), scenes.Thing("cup", "top", "large", None)]
+    scene = scenes.Scene("brick", (*things, scenes.Thing("lemon", "right", "small", "star")))
+    text = "large cup, cup top, star sticker on lemon, teapot left of lemon"
+    ids, targets = language.Writer(renderer).caption(scene, text)
+    assert ids == renderer.branch_ids(None, text)[0][:-1]
+    assert _words(captioner, targets) == [
+        {"large"}, {"teapot", "cup"}, {","}, {"cup"}, {"top"}, {","},
+        {"star"}, {"sticker"}, {"on"}, {"teapot", "lemon"}, {","},
+        {"teapot"}, {"left"}, {"of"}, {"cup", "lemon"}, {"<|im_end|>"},
+    ]  # fmt: skip
+
+
+def test_the_loss_takes_the_mean_over_what_is_equally_right(captioner, renderer, pool):
+    features = torch.randn(1, 6, 36, architecture.HIDDEN, generator=torch.Generator().manual_seed(0))
+    ids, targets = language.Writer(renderer)._branch(None, "cup top")
+    first, end = (next(k for k, t in enumerate(targets) if t != IGNORED), len(targets) - 1)
+    cup, pear = (renderer.text_ids(word)[0] for word in ("cup", "pear"))
+
+    def loss(right):
+        only = [right if k == first else IGNORED for k in range(end + 1)]
+        return language.loss_of(captioner, renderer, features, range(1), [[(ids, only)]])
+
+    torch.testing.assert_close(loss((cup, pear)), (loss(cup) + loss(pear)) / 2)
+
+
+def test_stickers_teach_nothing_in_whole_views(captioner, pool):
+    reader, right = dense.Reader(captioner), dense.labels(pool)
+    features = torch.randn(6, 36, architecture.HIDDEN, generator=torch.Generator().manual_seed(0))
+    batch = {kind: each if kind == "background" else each[:, 1] for kind, each in right.items()}
+    moved = batch | {"sticker": torch.where(batch["sticker"] >= 0, (batch["sticker"] + 1) % 6, NOT_HERE)}
+    whole, crop = (
+        [dense.loss_of(reader, features, each, torch.full((6,), flag)).item() for each in (batch, moved)]
+        for flag in (True, False)
+    )
+    assert whole[0] == whole[1]
+    assert crop[0] != crop[1]
 
 
 def test_own_claims_carry_their_truth_and_are_asked_in_balance(renderer):

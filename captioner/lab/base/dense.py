@@ -127,6 +127,8 @@ def loss_of(reader: Reader, features: Tensor, right: dict[str, Tensor], whole: T
         balance = torch.ones(scores.shape[-1])
         balance[-1] = NOTHING_WEIGHT.get(kind, 1.0)
         here = target != NOT_HERE
+        if not here.any():  # whole views alone, say: the mean over nothing is no number
+            continue
         total = total + weight * F.cross_entropy(scores[here], target[here], weight=balance)
     side = int(PATCHES**0.5)
     cells = torch.arange(PATCHES).repeat(len(features))

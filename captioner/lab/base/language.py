@@ -17,15 +17,21 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from captioner import prompts
 from captioner.lab.base import packed
 from captioner.lab.base.dense import encode, rate
 from captioner.lab.base.own import Claims
 from captioner.lab.base.pool import PATCHES, VIEWS, Pool
-from captioner.lab.scenes.language import ask, open_questions, shorthand
-from captioner.lab.scenes.things import SPLITS, STICKERS, Scene
+from captioner.lab.scenes.language import (
+    RELATIONS,
+    ask,
+    open_questions,
+    relations,
+    shorthand,
+    statements,
+)
+from captioner.lab.scenes.things import NOUNS, PLACES, SPLITS, STICKERS, Scene, plural
 from captioner.method import qa
 from captioner.models.model import Captioner
 from captioner.models.render import IGNORED, Renderer
@@ -33,11 +39,12 @@ from captioner.models.render import IGNORED, Renderer
 CAPTIONS_PER_IMAGE = 4
 EMBEDDING_RATE = 0.1  # of the learning rate: the encoder was trained against these words
 WHERE = "where"
-EVERY = 250  # steps between two measurements
+EVERY = 100  # steps between two measurements
 ALIKE = 0.8  # correlation of queries and keys at the start: like attends to like
 
 
-Branch = tuple[list[int], list[int]]  # token ids and, for each, the token to be said next or IGNORED
+Right = int | tuple[int, ...]  # the token to be said next, or several that are equally right
+Branch = tuple[list[int], list[Right]]  # token ids and, for each, what is right next or IGNORED
 
 
 @dataclass(frozen=True)
@@ -54,9 +61,11 @@ class Stage:
     no_whole: float = 0.0  # of the batches on six views leave out the whole one
     captions: float = 0.0
     captions_six: float = 0.0  # of the caption batches show six views
+    named: float = SPLITS["train"].named  # probability with which a caption names a fact
     own: float = 0.0  # of the question batches ask the captioner's own claims, see :mod:`own`
     decay_from: float = 0.5
     images: int = 8
+    caption_images: int = 16  # in a batch of captions of whole views; with six views ``images``
     questions: int = 24  # of each image in a batch
 
 
@@ -102,7 +111,7 @@ class Writer:
     def _branch(self, text: str | None, answer: str, told: int = 0) -> Branch:
         """``told``: how many last words of the question are learned as well."""
         ids, mask = self.renderer.branch_ids(text, answer)
-        targets = [token if on else IGNORED for token, on in zip(ids, mask, strict=True)][1:]
+        targets: list[Right] = [token if on else IGNORED for token, on in zip(ids[1:], mask[1:], strict=True)]
         if self.hints and text is not None:
             mark = ids.index(self.renderer.end_id) - 1  # the question mark
             targets[mark - 1 - told : mark - 1] = ids[mark - told : mark]
@@ -152,10 +161,31 @@ class Writer:
         told = len(statement.split()) - 1 if true and kind == "object" else 0  # the place
         return self.branch(prompts.load("question", statement=statement), "yes" if true else "no", told)
 
-    def captions(self, rng: random.Random, pool: Pool, i: int) -> list[Branch]:
-        named = SPLITS[pool.split].named
+    def captions(self, rng: random.Random, pool: Pool, i: int, named: float) -> list[Branch]:
         texts = [shorthand(pool.scenes[i], rng.randrange(1 << 40), named) for _ in range(CAPTIONS_PER_IMAGE)]
-        return [self._branch(None, text) for text in texts]
+        return [self.caption(pool.scenes[i], text) for text in texts]
+
+    def caption(self, scene: Scene, text: str) -> Branch:
+        """A caption; where it first names a thing, any other that could come is as right.
+
+        Captions name things in any order: taught with one noun at a time the language model needs many more
+        captions before it looks at the picture.
+        """
+        ids, targets = self._branch(None, text)
+        at = next(k for k, target in enumerate(targets) if target != IGNORED)
+        unsaid = list(scene.counts())
+        for number, statement in enumerate(text.split(", ")):
+            words = statement.split()
+            for k, word in enumerate(words):
+                others = alternatives(scene, words[:k], unsaid) if word in NOUNS else []
+                if word in others:
+                    targets[at + k] = tuple(self._token(noun, number + k == 0) for noun in others)
+            unsaid = [noun for noun in unsaid if noun not in words and plural(noun) not in words]
+            at += len(words) + 1
+        return ids, targets
+
+    def _token(self, word: str, first: bool) -> int:
+        return self.renderer.text_ids(word if first else f" {word}")[0]
 
     def claims(self, rng: random.Random, scene: Scene, found: Claims, count: int) -> list[Branch]:
         """The captioner's own claims about a scene, kinds in turn, of each as many false ones as true ones.
@@ -175,15 +205,32 @@ class Writer:
         return branches
 
 
+def alternatives(scene: Scene, before: Sequence[str], unsaid: Sequence[str]) -> list[str]:
+    """The nouns that can follow the words of a statement ``before`` them; of new things, those unsaid."""
+    start = " ".join(before)
+    if start.endswith(RELATIONS):
+        return [text.split()[-1] for text in relations(scene) if text.startswith(f"{start} ")]
+    if not before:
+        return list(unsaid)
+    true = set(statements(scene))
+    return [noun for noun in unsaid if f"{start} {noun}" in true]
+
+
 def pad(branches: Sequence[Sequence[Branch]]) -> tuple[Tensor, Tensor]:
-    """Branches of I images -> ids and targets, long [I, N, L], padded on the right."""
+    """Branches of I images -> ids, long [I, N, L], padded on the right, and targets, [I, N, L, A].
+
+    A is the number of tokens that are equally right, filled up with ``IGNORED``.
+    """
     count, length = max(map(len, branches)), max(len(ids) for row in branches for ids, _ in row)
-    found = np.zeros((2, len(branches), count, length), np.int64)
-    found[1] = IGNORED
+    ids = np.zeros((len(branches), count, length), np.int64)
+    targets = np.full((*ids.shape, len(PLACES)), IGNORED, np.int64)
     for i, row in enumerate(branches):
-        for n, pair in enumerate(row):
-            found[:, i, n, : len(pair[0])] = pair
-    return torch.from_numpy(found[0]), torch.from_numpy(found[1])
+        for n, (said, right) in enumerate(row):
+            ids[i, n, : len(said)] = said
+            for k, target in enumerate(right):
+                few = target if isinstance(target, tuple) else (target,)
+                targets[i, n, k, : len(few)] = few
+    return torch.from_numpy(ids), torch.from_numpy(targets)
 
 
 def loss_of(
@@ -194,8 +241,10 @@ def loss_of(
     states = packed.hidden(
         captioner, renderer, prefix_of(renderer, views), features[:, list(views)].flatten(1, 2), ids
     )
-    here = targets != IGNORED
-    return F.cross_entropy(states[here] @ captioner.model.get_input_embeddings().weight.T, targets[here])
+    here = targets[..., 0] != IGNORED
+    right, counted = targets[here].clamp(0), (targets[here] != IGNORED).float()
+    scores = (states[here] @ captioner.model.get_input_embeddings().weight.T).log_softmax(-1)
+    return -((scores.gather(1, right) * counted).sum(1) / counted.sum(1)).mean()
 
 
 def prefix_of(renderer: Renderer, views: Sequence[int]) -> Any:
@@ -248,9 +297,16 @@ def draw_batch(
 ) -> Any:
     """What kind of batch, its lesson, the views shown, the branches, the scenes' numbers."""
     if rng.random() < stage.captions:
-        views = range(VIEWS) if rng.random() < stage.captions_six else range(1)
-        picked = rng.sample(range(len(captioned.pool)), stage.images)
-        return "caption", captioned, views, [writer.captions(rng, captioned.pool, i) for i in picked], picked
+        six = rng.random() < stage.captions_six
+        views = range(VIEWS) if six else range(1)
+        picked = rng.sample(range(len(captioned.pool)), stage.images if six else stage.caption_images)
+        return (
+            "caption",
+            captioned,
+            views,
+            [writer.captions(rng, captioned.pool, i, stage.named) for i in picked],
+            picked,
+        )
     if own is not None and rng.random() < stage.own:
         picked = rng.sample(range(len(own.pool)), stage.images)
         return (
@@ -328,6 +384,7 @@ def _right(
         ids, targets = pad(branches)
         features = test.features[part][:, list(views)].flatten(1, 2).float()
         said = packed.hidden(captioner, renderer, prefix_of(renderer, views), features, ids) @ weight.T
+        targets = targets[..., 0]
         here = targets != IGNORED
         hits.append(((said.argmax(-1) == targets) | ~here).all(-1)[here.any(-1)])
     return torch.cat(hits).float().mean().item()

@@ -24,13 +24,15 @@ from captioner.models.render import Renderer
 
 SEED = 0
 TEST_SEED = 1  # of the scenes that progress is measured on; acceptance has its own
-SCENES = {"dense": 6000, "pretrain": 3000, "train": 2000, "qa": 800, "test": 40}
+SCENES = {"dense": 6000, "pretrain": 3000, "train": 2000, "qa": 320, "test": 40}
 ALL = {"object": 1.0, "size": 1.0, "sticker": 1.0, "count": 0.6, "relation": 1.0, "background": 0.2}
 SEEN = {kind: weight for kind, weight in ALL.items() if kind != "sticker"}  # in a whole view
 OPEN = {kind: weight for kind, weight in SEEN.items() if kind != "relation"}
 STICKERS = {**ALL, "sticker": 5.0}
 MIXED = {**ALL, "sticker": 2.0}
 LAST = {"object": 2.0, "size": 1.0, "sticker": 1.5, "count": 1.0, "relation": 1.0, "background": 1.0}
+COUNTS = {**LAST, "count": 6.0, "background": 0.5}  # two thirds of the scenes have nothing to ask for
+TWINS = {**COUNTS, "count": 20.0}
 SMALL = {"images": 6, "questions": 20}  # batches where six views make long prefixes
 STAGES: tuple[language.Stage | tuple[str, dense.DenseConfig], ...] = (
     ("dense", dense.DenseConfig()),
@@ -44,8 +46,16 @@ STAGES: tuple[language.Stage | tuple[str, dense.DenseConfig], ...] = (
     ),
     language.Stage("captions", 350, MIXED, six=0.8, captions=0.5, captions_six=0.2, decay_from=0.7, **SMALL),
     language.Stage("speak", 665, LAST, six=0.85, captions=0.6, captions_six=0.15, decay_from=0.9, **SMALL),
+    language.Stage("look", 500, LAST, six=0.85, captions=0.8, captions_six=0.1, decay_from=1.0, **SMALL),
+    language.Stage("see", 1000, COUNTS, six=0.7, captions=0.75, captions_six=0.1, decay_from=1.0, **SMALL),
     language.Stage(
-        "own", 400, LAST, six=1.0, captions=0.5, captions_six=0.2, own=0.6, decay_from=0.3, **SMALL
+        "all", 600, TWINS, six=0.7, captions=0.75, captions_six=0.1, named=0.9, decay_from=1.0, **SMALL
+    ),
+    language.Stage(
+        "write", 1000, LAST, six=0.85, captions=0.65, captions_six=0.15, named=0.6, decay_from=0.1, **SMALL
+    ),
+    language.Stage(
+        "own", 300, LAST, 8e-4, six=1.0, captions=0.4, captions_six=0.2, own=0.6, decay_from=0.2, **SMALL
     ),
 )
 
@@ -77,7 +87,7 @@ class Lessons:
         """Scenes of the split ``qa`` with what the captioner, as it is now, says about them."""
         found = self._encoded("qa", SCENES["qa"])
         said: list[list[str]] = [[] for _ in found.pool.scenes]
-        for views, n in ((own.WHOLE, 3), (own.SIX, 2)):
+        for views, n in ((own.WHOLE, 3), (own.SIX, 1)):
             samples = own.captions(self.captioner, "qa", found.pool.indices, SEED, n, 1.0, views)
             for texts, row in zip(said, samples, strict=True):
                 texts += [candidate.text for candidate in row]
