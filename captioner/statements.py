@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 
 # A quotation opens where no word stands before it, so 12" and dogs' open none, and closes on the same line.
 # What opens inside it does not belong to it: a row of marks that never close is read once, not once each.
@@ -117,7 +118,12 @@ def normalise(statement: str) -> str:
 
 def comparable_statements(caption: str) -> list[str]:
     """The statements of a caption, each in the form in which near-duplicates are equal."""
-    return [normalise(statement) for statement in split_statements(caption)]
+    return list(_comparable(caption))
+
+
+@lru_cache(1 << 14)  # a judge reads the same captions many times
+def _comparable(caption: str) -> tuple[str, ...]:
+    return tuple(normalise(statement) for statement in split_statements(caption))
 
 
 def entails(statement: str, other: str) -> bool:

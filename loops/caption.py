@@ -243,10 +243,16 @@ def _settings(config: Config, args: Job, checkpoint: Path, job: dict[str, Any]) 
 
 
 def _verifier(config: Config, args: Job) -> Path | None:
-    """The run whose verifier is asked. Raises RunError where the one that is named has none."""
+    """Whose verifier is asked: that of what is named, of the exported captioner, or of the run.
+
+    Raises RunError where what is named has none.
+    """
     if config.caption.verifier:
         Verifier.load(Path(config.caption.verifier))
         return Path(config.caption.verifier).absolute()
+    named = args.checkpoint or config.caption.checkpoint
+    if named and settings_of(checkpoint_path(named)).is_file():
+        return checkpoint_path(named).absolute()
     run = args.run.path if isinstance(args.run, Run) else Path(args.run)
     return run.absolute() if settings_of(run).is_file() else None
 

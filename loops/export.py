@@ -2,7 +2,8 @@
 
 By default the run's newest promoted captioner. With ``--adapter DIR`` (what `captioner sft` leaves in
 sft/adapter) what was trained is fused into the base ``--model.path``. The result loads in transformers and
-vLLM, and its README.md says how it was trained and what it reaches.
+vLLM, and its README.md says how it was trained and what it reaches. The run's verifier goes with it, in
+``verifier/``: `captioner caption --checkpoint DIR --verify` and `captioner verify --verifier DIR` ask it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from captioner.config import Config
 from captioner.errors import ConfigError, RunError
 from captioner.files import hash_path
+from captioner.method.verifier import Verifier, settings_of
 from captioner.runs import Run, RunDir, checkpoint_path
 from loops.stages import StagePlan
 
@@ -44,7 +46,7 @@ def export(
     verify: bool = False,
     redo: bool = False,
 ) -> Path:
-    """Write a captioner as a stock checkpoint; returns its directory.
+    """Write a captioner as a stock checkpoint, and the run's verifier with it; returns its directory.
 
     Args:
         run: Run directory whose newest captioner is written where no adapter is named.
@@ -86,6 +88,8 @@ def export(
     difference = fuse.export(captioner, out, name, card, multiple=multiple, prompts=prompts)
     parameters = sum(p.numel() for p in captioner.model.parameters())
     print(f"export: {captioner.family.name}, {parameters / 1e6:.1f} M parameters, {dtype}: {out}")
+    if adapter is None and settings_of(Run.path_of(run)).is_file():
+        print(f"its verifier: {Verifier.load(Run.path_of(run)).copy(out)}")
     if difference:
         print(
             f"verified on {difference.prompts} prompts: logits differ by at most {difference.largest:.3g} of "

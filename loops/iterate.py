@@ -130,8 +130,9 @@ def _fix(number: int, decision: Decision, start: str) -> str:
     if decision.unjudged:
         return (
             f"{stays}; a list of the facts of each image (gate.judge.facts FILE.jsonl), people's answers "
-            f"(gate.judge.checked) or a verifier (gate.judge.checkpoint, or gate.judge.train) would decide; "
-            f"or look at what both say in `captioner report` and take the round on your own word: "
+            f"(captioner review --gate --round {number}) or a verifier (gate.judge.checkpoint, or "
+            f"gate.judge.train) would decide; or look at what both say in `captioner report` and take the "
+            f"round on your own word: "
             f"captioner iterate --round {number} --accept-unjudged"
         )
     return f"{stays}; more images, other thresholds or a gentler dpo section with --redo may fix the round"

@@ -23,7 +23,7 @@ from captioner.runs import Run, RunDir
 from loops.stages import StagePlan
 
 HOME = Path(__file__).with_name("studies")
-Name = Literal["golden", "loss", "rounds", "tuning", "views", "all"]
+Name = Literal["golden", "judge", "loss", "rounds", "tuning", "views", "all"]
 # 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145)
 UNKNOWN = "–"
@@ -42,9 +42,9 @@ def study(run: RunDir, config: Config, name: Name, *, seeds: int = 3, out: Path 
 
     Args:
         run: Directory that holds what is measured.
-        config: Settings; where none differs from its default, those of the study are taken.
+        config: Settings; where none but `seed` differs from its default, those of the study are taken.
         name: Which claim.
-        seeds: Number of seeds, 0 to N-1.
+        seeds: Number of seeds, from `seed` on.
         out: Write the table to this file, too.
     """
     if seeds < 1:
@@ -54,9 +54,10 @@ def study(run: RunDir, config: Config, name: Name, *, seeds: int = 3, out: Path 
     for each in _names(name):
         measured = importlib.import_module(f"loops.studies.{each}")
         toml = HOME / f"{each}.toml"
-        settings = load(toml, {}, config) if toml.is_file() and config == Config() else config
+        plain = config.model_copy(update={"seed": 0}) == Config()
+        settings = load(toml, {}, config) if toml.is_file() and plain else config
         results = [measure(measured, settings, home / each, seed) for seed in range(seeds)]
-        tables.append(table(measured, each, results))
+        tables.append(table(measured, each, results, settings.seed))
         print(tables[-1])
     if out:
         atomic_write_text(out, "\n".join(tables))
@@ -96,16 +97,17 @@ def measure(study: ModuleType, config: Config, home: Path, seed: int) -> Results
     return results
 
 
-def table(study: ModuleType, name: str, results: Sequence[Results]) -> str:
+def table(study: ModuleType, name: str, results: Sequence[Results], seed: int = 0) -> str:
     """The study as Markdown: mean over seeds and 95 % interval; against ``study.PAIRED``, paired by seed."""
     seeds = f"{len(results)} seed" + "s" * (len(results) > 1)
     question = (study.__doc__ or "").split("\n\n")[0].strip()
+    first = f"--seed {seed} " if seed else ""
     lines = [
         f"## {name}",
         "",
         question,
         "",
-        f"`captioner study {name} --seeds {len(results)}`: {seeds}; mean (95 % interval).",
+        f"`captioner study {name} {first}--seeds {len(results)}`: {seeds}; mean (95 % interval).",
     ]
     lines += _rows(study.COLUMNS, results)
     base = getattr(study, "PAIRED", None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,9 +14,12 @@ import pytest
 from captioner.config import Config
 from captioner.errors import ConfigError, Refused
 from captioner.judges import facts as facts_judge
+from captioner.judges.checked import Answers
 from captioner.report.report import render_html
+from captioner.report.review import add, choose
 from captioner.runs import Run
-from loops import cli, iterate, report
+from captioner.statements import normalise
+from loops import cli, iterate, report, review
 from tests import photographs, tiny
 from tests.http_stand_in import Vllm
 
@@ -169,6 +173,37 @@ def test_the_flag_reaches_the_gate(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for words in ([], ["--accept-unjudged"]):
         assert cli.main(["iterate", "--run", str(tmp_path / "run"), *words]) == 0
     assert seen == [False, True]
+
+
+# ---------------------------------------------------------------- with people's answers
+
+
+def test_people_judge_once_they_have_answered_enough(setting: Setting) -> None:
+    """Refused, reviewed, promoted: `captioner review --gate` shows what both say of the gate's images."""
+    run, _ = setting(half_wrong, better)
+    with pytest.raises(Refused, match=r"captioner review --gate --round 1"):
+        iterate.gate(run, 1)
+    claims, folder = review._stated(run, 1)
+    assert str(folder) == run.config.gate.data
+    texts = {(each.key, each.text) for each in claims}
+    assert texts == {(key, normalise(text)) for key in KNOWN for text in [*half_wrong(key), *better(key)]}
+    listed = facts_judge.read_file(photographs.FILE)
+    items = choose(claims, len(claims), seed=0)
+    answers = Answers(review.answers_path(run.path, 1, gate=True))
+    for item in items[: len(items) // 2]:
+        add(answers, item, "yes" if listed[KNOWN[item.key]["file_name"]].holds(item.text) else "no")
+    with pytest.raises(Refused, match=r"people have not answered \d+ statements of start"):
+        iterate.gate(run, 1)
+    for item in items[len(items) // 2 :]:
+        add(answers, item, "yes" if listed[KNOWN[item.key]["file_name"]].holds(item.text) else "no")
+    answers.close()
+    iterate.gate(run, 1)
+    gate = json.loads((run.path / "round-1" / "gate.json").read_text())
+    assert (gate["promoted"], gate["judge"]) == (True, "checked")
+    file = review.answers_path(run.path, 1, gate=True)  # answers about other images of the same names
+    file.write_text(re.sub('"sample": "[0-9a-f]+"', '"sample": "other"', file.read_text()))
+    with pytest.raises(Refused, match="no judge can tell"):
+        iterate.gate(run, 1)
 
 
 # ---------------------------------------------------------------- with a verifier that errs

@@ -117,6 +117,29 @@ def test_more_needed_is_the_first_count_that_decides() -> None:
     assert review.more_needed(90, 100, 0.9) is None
 
 
+def test_answers_measure_the_verifier_of_a_later_round(run: Run, tmp_path: Path) -> None:
+    """What golden.planted makes of review/round-N.jsonl: questions about the images of that round."""
+    file = answers_path(run.path, 1)
+    answers = judged.Answers(file)
+    for item in review.choose(Shards(run.stage_dir("round-1/claims"), Claim).read_all(), 8, seed=0):
+        told = {"cat": "cannot tell", "rocket": "no"}.get(item.key, "yes")
+        review.add(answers, item, told)
+    answers.close()
+    rows = judged.as_questions(file)
+    assert rows is not None and {row.key: row.path.name for row in rows} == {
+        key: f"{key}.jpg" for key in ("astronaut", "coffee", "rocket")
+    }
+    asked = {(row.key, q["question"]): (q["answer"], q["kind"]) for row in rows for q in row.questions or []}
+    assert asked["coffee", "a cup"] == ("yes", "object")
+    assert asked["rocket", "an orange rocket"] == ("no", "color") and len(asked) == 6
+    assert judged.as_questions(tmp_path / "claims.jsonl") is None
+    moved = tmp_path / "review" / "round-1.jsonl"
+    moved.parent.mkdir()
+    moved.write_bytes(file.read_bytes())
+    with pytest.raises(DataError, match="the images of these answers are not there"):
+        judged.as_questions(moved)
+
+
 def test_agreement_counts_passes_and_vetoes_apart() -> None:
     def checked(p_yes: float, answer: str, expected: str = "yes") -> judged.Checked:
         return judged.Checked("s", "k", "t", "object", "q", expected, p_yes, answer)

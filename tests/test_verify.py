@@ -216,6 +216,47 @@ def test_bulk_captions_are_checked_by_the_verifier_of_the_run(tmp_path: Path, ru
     assert rows.keys() == KNOWN.keys() and not any(row.error for row in rows.values())
 
 
+def test_an_exported_captioner_brings_its_verifier(tmp_path: Path, run: Path) -> None:
+    tiny.tiny_checkpoint(run / "sft" / "captioner", seed=2)
+    out = tmp_path / "model"
+    assert cli.main(["export", "--out", str(out), "--run", str(run)]) == 0
+    before, made = Verifier.load(run), Verifier.load(out)
+    assert made.hash == before.hash
+    same = {"checkpoint": before.settings.checkpoint}
+    assert made.settings.model_copy(update=same) == before.settings
+    shutil.rmtree(run)  # nothing leads back to it
+    images = dict(list(photographs.copy(tmp_path / "set").items())[:3])
+    for path in set((tmp_path / "set").iterdir()) - set(images.values()):
+        path.unlink()
+    turns: dict[str, int] = {}
+
+    def speak(name: str, key: str) -> str:
+        turns[key] = turns.get(key, 0) + 1
+        return prose(key) if turns[key] % 2 else ", ".join(KNOWN[key]["facts"])
+
+    def p_yes(name: str, key: str, question: str) -> float:
+        assert name == "verifier"
+        text = normalise(question.removeprefix("Visible: ").removesuffix("?"))
+        return 0.97 if text in {normalise(fact) for fact in KNOWN[key]["facts"]} else 0.03
+
+    server = Vllm({"captioner": out, "verifier": out / "verifier" / "checkpoint"}, images, speak, p_yes)
+    try:
+        words = ["caption", str(tmp_path / "set"), "--checkpoint", str(out), "--out", str(tmp_path / "out")]
+        words += ["--run", str(tmp_path / "other"), "--verify", "--caption.best_of", "2"]
+        words += ["--caption.sampling.temperature", "1", "--caption.sampling.max_tokens", "400"]
+        words += ["--engine.type", "server", "--engine.urls", server.url, "--engine.in_flight", "1"]
+        assert cli.main([*words, "--caption.reduced_decode", "false"]) == 0
+    finally:
+        server.close()
+    rows = {row.key: row for row in Shards(tmp_path / "out", CaptionRow).read_all()}
+    assert rows.keys() == images.keys()
+    for key, row in rows.items():  # of two samples the true one stays
+        assert comparable_statements(row.caption or "") == [normalise(text) for text in KNOWN[key]["facts"]]
+        assert (
+            {"keep"} <= set(row.verdicts or []) <= {"keep", "abstain"}
+        )  # what it is trusted with goes along
+
+
 # ---------------------------------------------------------------- the verifier by itself
 
 

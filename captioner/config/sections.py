@@ -129,8 +129,9 @@ class GoldenConfig(Section):
     """How an undecided claim is asked again: on the view that covers it best, in a second wording.
     None = in the ways that proved right on the verifier's held-out questions."""
     planted: str | None = None
-    """File of claims with human-checked answers that the verifier is measured on; None = facts of the images
-    if there are any, else their captions and those of the held-out images of qa.data, and questions."""
+    """File of claims with human-checked answers that the verifier is measured on, such as what `captioner
+    review` left in RUN/review; None = facts of the images if there are any, else their captions and those of
+    the held-out images of qa.data, and questions."""
     planted_images: int = Field(64, ge=1)
     """Images whose captions, facts or questions give the planted claims."""
     min_accuracy: float = Field(0.65, ge=0, le=1)
@@ -267,7 +268,8 @@ class JudgeConfig(Section):
     facts: str | None = None
     """JSON Lines file with a complete list of facts per image; None = the facts that the images come with."""
     checked: str | None = None
-    """JSON Lines file with people's answers about claims on these images, as `captioner review` writes it."""
+    """JSON Lines file with people's answers about claims on these images, as `captioner review --gate` writes
+    it; None = those of the run at hand, once they are enough."""
     checkpoint: str | None = None
     """Verifier that judges (`captioner/` of a QA stage); never one that made a round's golden captions."""
     train: bool = True
@@ -330,7 +332,8 @@ class CaptionConfig(Section):
     drop: float = Field(0.4, gt=0, lt=1)
     """P(yes) below which --drop-refuted leaves a statement out, where the captioner itself is asked."""
     verifier: str | None = None
-    """Run whose verifier --verify asks; None = the run at hand, or the captioner itself where it has none."""
+    """Run or exported captioner whose verifier --verify asks; None = the one exported with the captioner,
+    else that of the run at hand, else the captioner itself."""
     prepare_processes: int | None = Field(None, ge=0)
     """Processes per worker that decode images and cut views; 0 = the worker itself, None = all other cores.
     On Ray 0 = the worker itself, else tasks of the cluster."""

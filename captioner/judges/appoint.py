@@ -34,10 +34,21 @@ def appoint(
         return FactsJudge(known)
     if settings.checked is not None:
         return CheckedJudge(checked.known_of(checked.read_checked(Path(settings.checked))))
+    people = _people(run, said)
+    if people is not None and (short := people.short(said)) is None:
+        return people
     judge = asking.checkpoint_of(run)
     if judge is None:
-        return NoJudge(missing)
+        return NoJudge(f"{missing}; {short}" if people is not None else missing)
     return _verifier(run, judge, folder, images, said, pool())
+
+
+def _people(run: Run, said: Sequence[Said]) -> CheckedJudge | None:
+    """By the answers of `captioner review --gate` about these very images, if there are any."""
+    shown = {key: row.id for side in said for key, row in side.captions.items()}
+    files = sorted((run.path / "review").glob("gate-*.jsonl"))
+    rows = [row for file in files for row in checked.read_checked(file) if shown.get(row.key) == row.sample]
+    return CheckedJudge(checked.known_of(rows)) if rows else None
 
 
 def known_facts(config: Config, folder: Path, images: Sequence[ImageRow]) -> dict[str, Facts]:

@@ -1,15 +1,16 @@
 """Claims that people answered: the file of answers, and the judge that goes by them. No model.
 
-``gate.judge.checked`` names answers about the gate's images, as `captioner review` writes them. A statement
-is true if a claim that holds says all of it, and false if it says all of a claim that does not hold. Of
-others, and of claims that nobody could tell, nothing is known. Where that leaves too many statements open the
-judge cannot tell, and says how many.
+`captioner review --gate` asks about the gate's images; ``gate.judge.checked`` names such a file of another
+run. A statement is true if a claim that holds says all of it, and false if it says all of a claim that does
+not hold. Of others, and of claims that nobody could tell, nothing is known. Where that leaves too many
+statements open the judge cannot tell, and says how many.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +20,8 @@ from captioner.errors import DataError
 from captioner.judges.base import Comparison, Kind, Said, compared, counted
 from captioner.judges.facts import FactList
 from captioner.judges.metrics import Counts
+from captioner.runs import input_of
+from captioner.sources.folder import ImageRow, read_folder
 from captioner.statements import entails, normalise, visible
 
 Answer = Literal["yes", "no", "cannot tell"]
@@ -110,6 +113,29 @@ def read_checked(path: Path) -> list[Checked]:
     return [Checked(**{name: row[name] for name in names}) for row in answers.rows.values()]
 
 
+def as_questions(path: Path) -> list[ImageRow] | None:
+    """The answers of `captioner review` in RUN/review as yes/no questions about the images of their round.
+
+    None where the file is none of ours. Raises DataError where the images are not there.
+    """
+    if path.suffix != ".jsonl" or path.parent.name != "review":
+        return None
+    name = re.fullmatch(r"round-(\d+)", path.stem)
+    home = path.parent.parent
+    folder = input_of(home / f"round-{name[1]}" / "candidates", "images") if name else None
+    if folder is None:
+        raise DataError(
+            "the images of these answers are not there", where=str(path), fix="keep RUN/review in RUN"
+        )
+    asked: dict[str, list[dict[str, str]]] = {}
+    for row in read_checked(path):
+        if row.holds is not None:
+            about = {"question": row.text, "answer": "yes" if row.holds else "no"}
+            asked.setdefault(row.key, []).append({**about, "kind": row.kind, "stratum": "checked"})
+    rows = read_folder(folder, captions=False)
+    return [replace(row, questions=asked[row.key]) for row in rows if row.key in asked]
+
+
 @dataclass(frozen=True)
 class Answered(FactList):
     """What people said about one image; ``facts`` are the claims that hold, ``wrong`` those that do not."""
@@ -154,16 +180,28 @@ class CheckedJudge:
 
     def compare(self, before: Said, after: Said, *, resamples: int = 2000, seed: int = 0) -> Comparison:
         step = compared(self, before, after, resamples=resamples, seed=seed)
-        notes, short = [], []
+        notes = []
         for side in (before, after):
             left, total = self._unanswered(side)
             notes.append(f"{side.name}: {total - left} of {total} statements have an answer")
-            if total - left < ANSWERED * total:
-                short.append(f"{left} statements of {side.name}")
-        if not short:
+        why = self.short((before, after))
+        if why is None:
             return replace(step, notes=tuple(notes))
-        why = f"people have not answered {' and '.join(short)}; {ANSWERED:.0%} of each captioner's are needed"
         return replace(step, judge="none", notes=(*notes, why))
+
+    def short(self, said: Sequence[Said]) -> str | None:
+        """Which statements lack an answer, as a sentence; None where enough have one."""
+        counted = {side.name: self._unanswered(side) for side in said}
+        missing = [
+            f"{left} statements of {name}"
+            for name, (left, total) in counted.items()
+            if total - left < ANSWERED * total
+        ]
+        if not missing:
+            return None
+        return (
+            f"people have not answered {' and '.join(missing)}; {ANSWERED:.0%} of each captioner's are needed"
+        )
 
     def _unanswered(self, said: Said) -> tuple[int, int]:
         """(statements without an answer, all)."""

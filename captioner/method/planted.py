@@ -20,6 +20,7 @@ from captioner.config import Config, GoldenConfig
 from captioner.errors import Refused, RunError
 from captioner.files import atomic_write_json, row_seed
 from captioner.fit import distributed
+from captioner.judges import checked
 from captioner.method import candidates, claims, kinds, planting, qa, rounds
 from captioner.method.rounds import Plan
 from captioner.method.tool import Rules
@@ -156,7 +157,9 @@ def fill(stage: Stage, run: Run, plan: Plan, config: Config, folder: Path) -> No
         return
     temperature = qa.Calibration.read(plan.calibration).temperature
     if config.golden.planted:
-        rows = questions.read(Path(config.golden.planted), config.max_failed)[0]
+        file = Path(config.golden.planted)
+        answered = checked.as_questions(file)
+        rows = questions.read(file, config.max_failed)[0] if answered is None else answered
     else:
         rows = _known(run, plan, config, folder)
     output = Output(stage.dir, Planted)

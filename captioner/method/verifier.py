@@ -7,6 +7,7 @@ captioning, ``captioner verify``, and other tools, which find a stock checkpoint
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,7 +26,7 @@ from captioner.records import Claim, Planted
 from captioner.runs import Run, Shards
 from captioner.statements import normalise, split_statements, without
 
-FOLDER, FILE = "verifier", "verifier.json"
+FOLDER, FILE, CHECKPOINT = "verifier", "verifier.json", "checkpoint"
 
 
 class Settings(BaseModel):
@@ -53,7 +54,7 @@ class Verifier:
 
     @classmethod
     def load(cls, place: Path) -> Verifier:
-        """Of a run, or of its ``verifier`` folder. Raises RunError where there is none."""
+        """Of a run or an exported captioner, or its ``verifier`` folder. Raises RunError where none is."""
         file = settings_of(place)
         if not file.is_file():
             fix = "captioner golden --round N exports one; or name another run"
@@ -68,6 +69,14 @@ class Verifier:
             fix = f"{file} names it: move both together"
             raise RunError("the verifier's checkpoint is not there", where=str(checkpoint), fix=fix)
         return cls(checkpoint, settings, Rules())
+
+    def copy(self, out: Path) -> Path:
+        """Put checkpoint and settings into ``out/verifier``, to be moved with what lies there."""
+        home = out / FOLDER
+        shutil.copytree(self.checkpoint, home / CHECKPOINT)
+        settings = self.settings.model_copy(update={"checkpoint": CHECKPOINT})
+        atomic_write_json(home / FILE, settings.model_dump(mode="json"))
+        return home
 
     @property
     def thresholds(self) -> Thresholds:
@@ -123,7 +132,7 @@ class Verifier:
 
 
 def settings_of(place: Path) -> Path:
-    """The settings of the verifier of a run, or in a ``verifier`` folder."""
+    """The settings of the verifier of a run or an exported captioner, or in a ``verifier`` folder."""
     return place / FILE if place.name == FOLDER else place / FOLDER / FILE
 
 

@@ -34,9 +34,10 @@ _TEMPLATES = Environment(loader=PackageLoader("captioner.report"), autoescape=se
 
 
 def claims_app(
-    items: Sequence[Item], answers: Answers, images: Mapping[str, Path], limit: float, token: str
+    items: Sequence[Item], answers: Answers, images: Mapping[str, Path], limit: float | None, token: str
 ) -> Starlette:
-    """A page that asks about claims. ``images`` maps keys to files, ``limit`` is the agreement to reach."""
+    """A page that asks about claims. ``images`` maps keys to files, ``limit`` is what the verifier's
+    agreement has to reach; None where no verifier was asked."""
 
     def shown(index: int) -> dict[str, Any]:
         item = items[index]
@@ -48,7 +49,8 @@ def claims_app(
 
     def progress() -> dict[str, Any]:
         rows = [Checked(**_fields(row, Checked)) for row in answers.rows.values()]
-        return {"kinds": [asdict(row) for row in review.agreements(rows, limit)], "limit": limit}
+        kinds = [] if limit is None else [asdict(row) for row in review.agreements(rows, limit)]
+        return {"kinds": kinds, "limit": limit}
 
     return _app("claims", items, answers, images, token, shown, store, progress)
 
