@@ -32,7 +32,7 @@ from captioner.errors import RunError
 from captioner.pipeline import stages
 from captioner.pipeline.leases import Leases
 from captioner.pipeline.local import Inline
-from captioner.pipeline.output import Output
+from captioner.pipeline.output import Log, Output
 from captioner.pipeline.prepare import Preparation
 from captioner.records import Candidate, CaptionRow
 from captioner.sources.folder import ImageRow, read_captions, read_folder
@@ -308,6 +308,24 @@ sys.exit(cli.main(sys.argv[2:]))
 def start(job: Job, *more: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", JOB, str(job.home), *job.words(*more)]
     return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_part_that_its_worker_did_not_tell_of_is_not_made_again(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The worker dies behind the second publication, and before its word."""
+    remove = Log.remove
+
+    def deadly(self: Log) -> None:
+        remove(self)
+        if self.path.stem == "00001" and not (job.home / "dead").exists():
+            (job.home / "dead").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(Log, "remove", deadly)
+    assert job.run() == 0 and (job.home / "dead").exists()
+    assert all(Counter(job.asked)[str(n)] == 1 for n in range(8)) and len(job.rows) == 10
+    assert Output(job.out).tally.rows == 10
 
 
 def test_a_job_that_is_killed_in_a_shard_keeps_its_rows(job: Job) -> None:

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 from captioner.errors import RunError, UserError
 from captioner.pipeline.leases import Leases
-from captioner.pipeline.output import Log, Output
+from captioner.pipeline.output import Log, Output, Tally
 from captioner.pipeline.watch import Watch
 from captioner.pipeline.worker import FLUSH, Settings, Task, ahead, failed_row
 from captioner.sources.source import ShardRef
@@ -269,11 +269,23 @@ class Coordinator:
                     fix="see its messages above; try one image with --estimate 1",
                 )
         for shard in worker.shards.values():
+            if self._untold(shard):
+                continue
             if worker.alone:
                 self._strike(shard, reason)
             else:
                 self.again.append(shard)
         self._start(number)
+
+    def _untold(self, shard: _Shard) -> bool:
+        """Whether a worker published this shard and died before it said so: its log is gone then. A shard that
+        is tried again has its part as well, but a log beside it."""
+        index = shard.ref.index
+        if not self.output.shards.has(index) or Log(self.output.out, index).path.is_file():
+            return False
+        self.output.enter(index, Tally.of(self.output.shards.read(index)), shard.ref.mark)
+        self._release(shard)
+        return True
 
     def _strike(self, shard: _Shard, reason: str) -> None:
         """A worker died that tried images of this shard alone: at the one it tried, or reading the next."""
