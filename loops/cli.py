@@ -74,6 +74,11 @@ COMMANDS: dict[str, Command] = {
     "data stats": Command("loops.data.stats:stats", "Print the numbers of a data set"),
     "data convert": Command("loops.data.convert:convert", "Write captions in another format"),
     "data filter": Command("loops.data.curate:filter", "Drop images and captions by rules"),
+    "data recaption": Command(
+        "loops.data.recaption:recaption",
+        "Caption images with a teacher: a server, or a checkpoint",
+        (*_ENGINE, "tool", "caption"),
+    ),
     "data reformulate": Command(
         "loops.data.make:reformulate", "Turn prose captions into shorthand", ("tool",)
     ),

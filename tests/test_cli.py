@@ -22,6 +22,7 @@ NEEDED = {  # words without which a command does not start
     "data stats": ["images"],
     "data convert": ["images", "--out", "o"],
     "data filter": ["images", "--out", "o"],
+    "data recaption": ["images", "--teacher", "http://127.0.0.1:1/v1", "--out", "o"],
     "data reformulate": ["images", "--out", "o"],
     "data questions": ["images", "--out", "o"],
     "data prepare": ["images", "--out", "o"],

@@ -18,7 +18,8 @@ from captioner.sources.folder import read_folder
 from loops.cli import main
 from loops.data.make import questions
 from loops.data.photographs import boxes
-from tests import photographs
+from tests import photographs, tiny
+from tests.http_stand_in import Reply, StandIn
 
 CHECKED = Path(__file__).parent.parent / "data" / "reformulation.jsonl"
 
@@ -82,6 +83,57 @@ def test_reformulated_sets_and_their_fidelity(
     assert main(["data", "reformulate", str(CHECKED), "--check", "--run", str(tmp_path / "run")]) == 0
     assert "| 100 all | 315 of 315 | 0 |" in capsys.readouterr().out
     assert main(["data", "reformulate", str(photos)]) == 2  # neither --out nor --check
+
+
+# ---------------------------------------------------------------- from a teacher
+
+
+def test_a_server_recaptions_and_what_it_said_is_kept(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = {"horse"}
+
+    def answer(body: dict[str, Any]) -> Reply:
+        image, text = body["messages"][0]["content"]
+        assert image["image_url"]["url"].startswith("data:image/png;base64,")
+        hint = text["text"].rpartition("\n\n")[2]
+        if "horse" in hint and bad:
+            return "no JSON"
+        return json.dumps({"caption": f"a teacher's view of\n{json.loads(hint).partition(',')[0]}"})
+
+    with StandIn(answer) as server:
+        words = ["data", "recaption", str(photos), "--teacher", server.url, "--run", str(tmp_path / "run")]
+        words += ["--hint", "--tool.retries", "0", "--tool.in_flight", "2"]
+        assert main([*words, "--out", str(tmp_path / "one"), "--max_failed", "0.01"]) == 3
+        assert len(server.requests) == 18 and "1 failed" in capsys.readouterr().out
+        bad.clear()
+        assert main([*words, "--out", str(tmp_path / "again")]) == 0
+        assert len(server.requests) == 19  # the horse alone was asked about again
+        assert main([*words, "--out", str(tmp_path / "two"), "--keep", "0.3"]) == 0
+    rows = {row.key: row for row in read_folder(tmp_path / "two")}
+    facts = {key: ", ".join(row["facts"]) for key, row in photographs.read().items()}
+    taught = {key for key, row in rows.items() if row.caption != facts[key]}
+    assert len(rows) == 18 and 5 < len(taught) < 18
+    assert all(rows[key].caption == f"a teacher's view of {facts[key].partition(',')[0]}" for key in taught)
+    lines = map(json.loads, (tmp_path / "two" / "metadata.jsonl").read_text().splitlines())
+    assert {line["original"] for line in lines} == set(facts.values())
+    assert {row.key for row in Shards(tmp_path / "one" / "failed", Failed).read(0)} == {"horse"}
+    assert main([*words, "--out", str(tmp_path / "three"), "--keep", "2"]) == 2
+
+
+def test_a_checkpoint_recaptions_through_the_bulk_pipeline(photos: Path, tmp_path: Path) -> None:
+    teacher = tmp_path / "teacher"
+    tiny.tiny_checkpoint(teacher, seed=1)
+    for path in sorted(photos.glob("*.*"))[3:]:
+        path.unlink()
+    (photos / "cut.png").write_bytes(b"\x89PNG")
+    words = ["data", "recaption", str(photos), "--teacher", str(teacher), "--run", str(tmp_path / "run")]
+    words += ["--caption.sampling.max_tokens", "6", "--caption.prepare_processes", "0", "--max_failed", "1"]
+    assert main([*words, "--out", str(tmp_path / "set")]) == 0
+    said = {row.key: row.caption for row in read_folder(tmp_path / "set")}
+    [lost] = [row for row in Shards(tmp_path / "set" / "failed", Failed).read(0) if row.key == "cut"]
+    assert lost.reason == "not an image of a known format" and "cut" not in said
+    assert main([*words, "--out", str(tmp_path / "hinted"), "--hint"]) == 2
 
 
 # ---------------------------------------------------------------- from photographs

@@ -59,7 +59,7 @@ SERVING = (
     "captioner.pipeline",
     "loops.caption",
 )
-MAY_IMPORT_LOOPS = {"loops.iterate", "loops.demo"}  # and the studies, which run whole loops
+MAY_IMPORT_LOOPS = {"loops.iterate", "loops.demo", "loops.data.recaption"}  # and the studies: whole loops
 # word lists for any photograph, in which a square is a square
 ENGLISH = {f"captioner.method.{name}" for name in ("asking", "kinds", "shorthand", "tool", "words")}
 LONGEST_FUNCTION, LONGEST_MODULE = 60, 500  # lines
