@@ -21,19 +21,19 @@ from pathlib import Path
 
 from captioner import laboratory
 from captioner.config import Config
-from captioner.engines import Engine, QuestionBatch, make_engine
+from captioner.engines import Engine, make_engine
 from captioner.errors import ConfigError
 from captioner.judges.base import Comparison, Said, compared
 from captioner.judges.facts import FactsJudge, read
 from captioner.judges.gate import decide
 from captioner.judges.verifier import Asked, Errors, VerifierJudge, claims_of, false_pass_of, pooled
 from captioner.laboratory import Facts, Part
-from captioner.method import qa
+from captioner.method import qa, reask
+from captioner.pipeline import stages
 from captioner.records import CaptionRow
 from captioner.runs import checkpoint_path
 from captioner.sources.folder import ImageRow
 from captioner.statements import normalise, split_statements
-from captioner.views import load_image
 from loops.studies import _arms
 
 ASSUMED = {"0.5": 0.5, "0.75": 0.75}
@@ -191,7 +191,8 @@ def _truth(exact: Comparison, config: Config) -> str:
 
 
 def _calibrated(engine: Engine, rows: Sequence[ImageRow]) -> tuple[Errors, float]:
-    answers = qa.ask(engine, rows)
+    with stages.images(engine.renderer.spec, Config(), len(rows)) as pictures:
+        answers, _ = reask.known(engine, rows, pictures)
     table = qa.accuracy_table(answers)
     passes = {
         name.removeprefix("kind "): scores.recall
@@ -250,18 +251,17 @@ def _ask(
 ) -> dict[str, dict[str, Asked]]:
     """The model's calibrated probabilities, by image and normalised claim."""
 
-    def batches() -> Iterator[QuestionBatch]:
-        for row in rows:
-            questions = [{"question": text, "answer": "yes", "stratum": ""} for text in claims[row.key]]
-            texts = [qa.question_text(question, wording) for question in questions]
-            yield QuestionBatch(load_image(row.path)[0], texts)
+    def questions(image: stages.Prepared[ImageRow]) -> list[tuple[str, str]]:
+        asked = [{"question": text, "answer": "yes", "stratum": ""} for text in claims[image.row.key]]
+        return [(stages.ALL, qa.question_text(question, wording)) for question in asked]
 
     found = {}
-    for row, answers in zip(rows, engine.p_yes(batches()), strict=True):
-        found[row.key] = {
-            claims_of(text)[0]: Asked(part.laboratory.kind_of(text), qa.scale(answer.p_yes, temperature))
-            for text, answer in zip(claims[row.key], answers, strict=True)
-        }
+    with stages.images(engine.renderer.spec, Config(), len(rows)) as pictures:
+        for image, answers in stages.ask(engine, stages.prepared(rows, pictures), questions):
+            found[image.row.key] = {
+                claims_of(text)[0]: Asked(part.laboratory.kind_of(text), qa.scale(answer.p_yes, temperature))
+                for text, answer in zip(claims[image.row.key], answers, strict=True)
+            }
     return found
 
 
