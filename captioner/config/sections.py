@@ -276,7 +276,7 @@ class JudgeConfig(Section):
     """Where nothing else tells, train a verifier for it: from the base, on half of the QA images."""
     samples: int = Field(4, ge=1)
     """Captions sampled per image and captioner for the verifier's pool of claims."""
-    false_pass: float = Field(0.5, ge=0, lt=1)
+    false_pass: float = Field(0.75, ge=0, lt=1)
     """Share of false new claims that the verifier is assumed to confirm, until people have checked enough."""
 
 

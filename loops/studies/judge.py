@@ -4,7 +4,8 @@ Pairs of captioners are made of what is true and false of scenes. The start says
 falsehoods an image; the new one is worse or better in one way. The exact judge says what a pair is in truth:
 *worse* where more is false or less is recalled than the gate allows, *better* where the exact gate promotes.
 The judge is the shipped base, asked about every claim. *Let through* are falsehoods that the same model
-confirms in another wording: the round's verifier and the judge then share many of their errors, not all.
+confirms in another wording: the round's verifier and the judge then share many of their errors, not all. With
+those *that the judge confirms* they share every one.
 *Promoted* is the share of the pairs that the gate promotes by the judge's word, under an assumed false-pass
 rate of 0.5 and 0.75, and with 0.5 where people checked what was let through in other scenes (*checked*). Of
 worse pairs none should be. The biases are the judge's precision and recall of the new captioner minus the
@@ -60,6 +61,7 @@ class Image:
     other_words: Mapping[str, str]  # true statement -> the same in other words
     false: list[str]  # plausible: other values, other objects' values, what is usual
     let_through: list[str]  # of these, what the judge's model confirms in another wording
+    confirmed: list[str]  # what the judge itself confirms
     start: list[str]
     rng: random.Random
 
@@ -104,6 +106,10 @@ ARMS: Mapping[str, Callable[[Image], list[str]]] = {
     "more facts, three let through": lambda one: one.start + one.more(0.15) + one.let_through[:3],
     "own falsehoods for let through": lambda one: one.without_false() + one.let_through[:4],
     "one falsehood less, three let through": lambda one: one.without_false(1) + one.let_through[:3],
+    "two that the judge confirms": lambda one: one.start + one.confirmed[:2],
+    "more facts, two that the judge confirms": lambda one: one.start + one.more(0.2) + one.confirmed[:2],
+    "own falsehoods for those that the judge confirms": lambda one: one.without_false() + one.confirmed[:4],
+    "all facts, four that the judge confirms": lambda one: one.start + one.more(1.0) + one.confirmed[:4],
     "everything one can say": lambda one: one.start + one.new_false(),
     "reworded, facts dropped": lambda one: one.reworded(one.without(0.3)),
     "reworded, two falsehoods more": lambda one: one.reworded(one.start + one.new_false()[:2]),
@@ -128,9 +134,11 @@ def measure(config: Config, work: Path) -> Iterator[tuple[str, dict[str, float]]
         errors, temperature = _calibrated(engine, _arms.images(config, work, config.qa.data))
         false = {row.key: _falsehoods(part, row) for row in rows}
         again = _ask(engine, part, rows, false, temperature, qa.WORDINGS[1])
-        images = {row.key: _image(row, false[row.key], again[row.key], config.seed) for row in rows}
-        claims = {key: _sayable(image) for key, image in images.items()}
+        claims = {row.key: _sayable(row, false[row.key]) for row in rows}
         asked = _ask(engine, part, rows, claims, temperature, qa.WORDINGS[0])
+        images = {
+            row.key: _image(row, false[row.key], again[row.key], asked[row.key], config.seed) for row in rows
+        }
         checked = _checked(engine, part, _arms.images(config, work, part.next(1)), temperature)
     finally:
         engine.close()
@@ -210,7 +218,9 @@ def _falsehoods(part: Part, row: ImageRow) -> list[str]:
     return list(dict.fromkeys(q["question"] for q in asked if q["stratum"] not in ("malformed", qa.OPEN)))
 
 
-def _image(row: ImageRow, false: list[str], again: Mapping[str, Asked], seed: int) -> Image:
+def _image(
+    row: ImageRow, false: list[str], again: Mapping[str, Asked], asked: Mapping[str, Asked], seed: int
+) -> Image:
     rng = random.Random(f"{seed} {row.key}")
     true = split_statements(row.caption or "")
     false = rng.sample(false, len(false))
@@ -218,7 +228,8 @@ def _image(row: ImageRow, false: list[str], again: Mapping[str, Asked], seed: in
     start = said + false[:FALSE]
     rng.shuffle(start)
     let_through = [text for text in false[FALSE:] if again[normalise(text)].p >= 0.5]
-    return Image(true, _other_words(true, read(row.facts)), false, let_through, start, rng)
+    confirmed = [text for text in false[FALSE:] if asked[normalise(text)].p >= 0.5]
+    return Image(true, _other_words(true, read(row.facts)), false, let_through, confirmed, start, rng)
 
 
 def _other_words(true: Sequence[str], facts: Facts | None) -> dict[str, str]:
@@ -227,8 +238,9 @@ def _other_words(true: Sequence[str], facts: Facts | None) -> dict[str, str]:
     return {text: other for text, other in made.items() if facts is not None and facts.holds(other)}
 
 
-def _sayable(image: Image) -> list[str]:
-    return list(dict.fromkeys([*image.true, *image.other_words.values(), *image.false]))
+def _sayable(row: ImageRow, false: Sequence[str]) -> list[str]:
+    true = split_statements(row.caption or "")
+    return list(dict.fromkeys([*true, *_other_words(true, read(row.facts)).values(), *false]))
 
 
 def _checked(engine: Engine, part: Part, rows: Sequence[ImageRow], temperature: float) -> dict[str, float]:
