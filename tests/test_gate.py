@@ -243,7 +243,8 @@ def test_a_verifier_decides(
     promoted: bool,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    run, server = setting(half_wrong, after, checkpoint=str(judge), samples="1")
+    """By the user's own assumption: eighteen photographs are too few for the default's."""
+    run, server = setting(half_wrong, after, checkpoint=str(judge), samples="1", false_pass="0.5")
     server.p_yes = erring(missed=0.05, false_pass=0.1)
     if promoted:
         iterate.gate(run, 1)
@@ -256,8 +257,19 @@ def test_a_verifier_decides(
     assert "judge: verifier" in " ".join(capsys.readouterr().out.split())
 
 
-def test_a_verifier_is_asked_once(setting: Setting, judge: Path) -> None:
+def test_few_photographs_do_not_outweigh_the_assumed_rate(
+    setting: Setting, judge: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run, server = setting(half_wrong, better, checkpoint=str(judge), samples="1")
+    server.p_yes = erring(missed=0.05, false_pass=0.1)
+    with pytest.raises(Refused, match="the gate refused round 1"):
+        iterate.gate(run, 1)
+    notes = " ".join(json.loads((run.path / "round-1" / "gate.json").read_text())["notes"])
+    assert "0.75 is assumed" in notes and "checked false claims" in notes and "captioner review" in notes
+
+
+def test_a_verifier_is_asked_once(setting: Setting, judge: Path) -> None:
+    run, server = setting(half_wrong, better, checkpoint=str(judge), samples="1", false_pass="0.5")
     server.p_yes = erring(missed=0.05, false_pass=0.1)
     iterate.gate(run, 1)
     first, asked = (run.path / "round-1" / "gate.json").read_text(), len(server.requests)
