@@ -74,13 +74,15 @@ def test_views_without_names_stay_so() -> None:
     assert ids(captioner.processor, shown(6)) == expected(ours, whole_only=False)
 
 
-@pytest.mark.parametrize("size", [(300, 451), (90, 700)])
-def test_the_code_of_the_card_captions_as_we_do(size: tuple[int, int], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("size", "overlap"), [((300, 451), 0.0), ((90, 700), 0.25)])
+def test_the_code_of_the_card_captions_as_we_do(
+    size: tuple[int, int], overlap: float, tmp_path: Path
+) -> None:
     """Run as printed in a plain process, on a photograph."""
     from PIL import Image
 
     captioner = adapted("qwen3_vl", torch.float32)
-    captioner.views = ViewsConfig(levels=(1, 2), center=True)
+    captioner.views = ViewsConfig(levels=(1, 2), center=True, overlap=overlap)
     folder = tmp_path / "captioner"
     fuse.export(captioner, folder)
     photo = folder / "photo.jpg"

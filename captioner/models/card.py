@@ -68,21 +68,26 @@ def _prompt(captioner: Captioner) -> str:
 _CUT = """\
 from PIL import Image, ImageOps
 
-LEVELS, CENTER, SIZE, CELL = {levels}, {center}, {size}, {cell}  # grids, centre crop, pixels, pixels
+LEVELS, CENTER, OVERLAP = {levels}, {center}, {overlap}  # grids, centre crop, share of a tile
+SIZE, CELL = {size}, {cell}  # pixels
 
 
 def cut(image):
     \"\"\"The views of an RGB image, in the order of training.\"\"\"
     w, h = image.size
-    boxes = [
-        (c * w // n, r * h // n, (c + 1) * w // n, (r + 1) * h // n)
-        for n in LEVELS for r in range(n) for c in range(n)
-    ]
+    boxes = [(a, c, b, d) for n in LEVELS for c, d in edges(h, n) for a, b in edges(w, n)]
     if CENTER and LEVELS[-1] > 1:
         a, d = w // LEVELS[-1], h // LEVELS[-1]
         left, top = (w - a) // 2, (h - d) // 2
         boxes.append((left, top, left + a, top + d))
     return [image.crop(box).resize(fit(box), Image.Resampling.BICUBIC) for box in boxes]
+
+
+def edges(length, n):
+    \"\"\"Start and end of each of ``n`` tiles.\"\"\"
+    reach = round(OVERLAP * length / n)
+    spans = [(i * length // n, (i + 1) * length // n) for i in range(n)]
+    return [(max(0, a - reach), min(length, b + reach)) for a, b in spans]
 
 
 def fit(box):
@@ -143,15 +148,15 @@ def _use(captioner: Captioner) -> list[str]:
     numbers = {
         "levels": tuple(sorted(set(views.levels))),
         "center": views.center,
+        "overlap": views.overlap,
         "size": renderer.size,
         "cell": renderer.factor,
     }
-    overlap = f" (but for an overlap of {views.overlap:g})" if views.overlap else ""
     return [
         "## Use",
         "",
         "Show it images and no text: its chat template adds the prompt that it was trained with and the name",
-        f"of each view. It takes one image, or the {count} views that `cut` makes of it{overlap}:",
+        f"of each view. It takes one image, or the {count} views that `cut` makes of it:",
         "",
         *("```python", *_CUT.format(**numbers).splitlines(), "```", ""),
         "With transformers:",
