@@ -144,6 +144,7 @@ def children(pid: int) -> list[int]:
 # ---------------------------------------------------------------- kills
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["webdataset", "parquet"])
 def test_a_job_killed_anywhere_ends_with_the_same_rows(
     kind: str, tmp_path: Path, checkpoint: Path, zygote: Zygote
@@ -182,6 +183,7 @@ def test_a_job_killed_anywhere_ends_with_the_same_rows(
         assert Output(out).tally == Output(tmp_path / "whole").tally
 
 
+@pytest.mark.slow
 def test_a_killed_worker_costs_nothing(tmp_path: Path, checkpoint: Path, zygote: Zygote) -> None:
     source = write_tars(tmp_path / "tars", shards=96)
     flags = [*SAMPLED, "--max-failed", "1", "--workers", "2"]
@@ -259,6 +261,7 @@ def poisoned_job(
     return words(source, home / "out", checkpoint, *flags)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["prepare", "caption"])
 def test_poison_becomes_a_row(
     where: str, tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
@@ -273,6 +276,7 @@ def test_poison_becomes_a_row(
     assert deaths == (0 if where == "prepare" else 3)  # once at work, twice alone
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["prepare", "caption"])
 def test_a_stalled_worker_is_killed_and_what_stalled_it_becomes_a_row(
     where: str, tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
@@ -401,6 +405,7 @@ def test_what_a_worker_has_started_ends_with_it(end: str, monkeypatch: pytest.Mo
     assert not alive(worker) and not alive(engine)
 
 
+@pytest.mark.slow
 def test_a_shard_of_many_names_reaches_the_worker(tmp_path: Path, checkpoint: Path) -> None:
     """More names than the pipe to a worker has room for: neither side waits for the other."""
     source = tmp_path / "images"
@@ -419,6 +424,7 @@ def test_a_shard_of_many_names_reaches_the_worker(tmp_path: Path, checkpoint: Pa
     assert len(found) == 24_000 and {row.error for row in found} == {"empty file"}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="ends processes by SIGALRM")
 def test_an_image_that_takes_for_ever_is_a_row(
     tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
@@ -470,6 +476,7 @@ def test_a_shard_that_cannot_be_read_is_named_and_not_skipped(
     assert len(rows(out)) == 15 and status(out)["state"] == "done"
 
 
+@pytest.mark.slow
 def test_a_cluster_of_two_nodes_writes_the_same_rows(tmp_path: Path, checkpoint: Path) -> None:
     """Its tasks prepare the images; a worker is killed, a node lost, and what began there is ended here."""
     source = write_tars(tmp_path / "tars", shards=40)
@@ -579,6 +586,7 @@ sys.exit(cli.main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="a limit stands for a full disk")
 def test_a_disk_that_is_full_is_told_and_the_job_goes_on(tmp_path: Path, checkpoint: Path) -> None:
     source, out = write_tars(tmp_path / "tars"), tmp_path / "out"
@@ -616,6 +624,7 @@ def test_a_disk_that_cannot_be_locked_or_written_is_told(
     assert ("no locks on this file system" if number != errno.EROFS else "the disk refuses") in message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_a_signal_ends_the_job_and_it_goes_on(
     number: signal.Signals, tmp_path: Path, checkpoint: Path, zygote: Zygote

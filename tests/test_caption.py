@@ -316,6 +316,7 @@ def save_bad(root: Path) -> dict[str, str]:
     }
 
 
+@pytest.mark.slow
 def test_real_photographs_among_broken_files(
     tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -357,6 +358,7 @@ sys.exit(cli.main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_a_killed_job_goes_on_and_ends_with_the_same_rows(
     images: Path, tmp_path: Path, checkpoint: Path
 ) -> None:
@@ -446,6 +448,7 @@ def test_a_dry_run_touches_nothing(images: Path, tmp_path: Path, checkpoint: Pat
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_captioning_imports_no_training_library() -> None:
     code = (
         "import sys, loops.caption, captioner.engines.hf, captioner.models.model\n"

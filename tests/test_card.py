@@ -74,6 +74,7 @@ def test_views_without_names_stay_so() -> None:
     assert ids(captioner.processor, shown(6)) == expected(ours, whole_only=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "overlap"), [((300, 451), 0.0), ((90, 700), 0.25)])
 def test_the_code_of_the_card_captions_as_we_do(
     size: tuple[int, int], overlap: float, tmp_path: Path

@@ -138,6 +138,7 @@ def ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_dry_run_touches_nothing(name: str, ready: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {path: path.stat().st_mtime_ns for path in ready.rglob("*")}
@@ -148,6 +149,7 @@ def test_dry_run_touches_nothing(name: str, ready: Path, capsys: pytest.CaptureF
     assert {path: path.stat().st_mtime_ns for path in ready.rglob("*")} == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "missing"),
     [

@@ -67,6 +67,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return Run(home / "run", config)
 
 
+@pytest.mark.slow
 def test_demo_runs_and_resumes(made: Run, capsys: pytest.CaptureFixture[str]) -> None:
     run_dir = made.path
     stages = {path: path.stat().st_mtime_ns for path in run_dir.rglob("stage.json")}
@@ -109,6 +110,7 @@ def rows(run: Path) -> dict[str, object]:
     return found | {"captions": [json.loads(line)["caption"] for line in lines]}
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_it_ends_with_the_same_rows(made: Run, tmp_path: Path) -> None:
     """kill -9 of the whole process group at random moments, again and again, then the same command.
 

@@ -70,6 +70,7 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the ranks in /proc")
 def test_two_processes_equal_one_with_twice_the_accumulation_and_a_killed_rank_stops_both(
     tmp_path: Path,
@@ -106,6 +107,7 @@ def test_two_processes_equal_one_with_twice_the_accumulation_and_a_killed_rank_s
     )
 
 
+@pytest.mark.slow
 def test_two_processes_fill_the_shards_of_a_round_with_the_rows_of_one(tmp_path: Path) -> None:
     settings = small(tmp_path)
     settings["golden"]["shard_rows"] = 2  # three shards: the ranks' shares are not equal
@@ -125,6 +127,7 @@ def test_two_processes_fill_the_shards_of_a_round_with_the_rows_of_one(tmp_path:
     assert all(count[name] for name in ("candidates", "claims", "pairs"))
 
 
+@pytest.mark.slow
 def test_iterate_in_two_processes_killed_in_the_middle_ends_with_the_rows_of_one(tmp_path: Path) -> None:
     run = killed.begin(tmp_path / "two")
     two = killed.Iterate(sys.executable, run, "--gpus", "2")
@@ -141,6 +144,7 @@ def test_iterate_in_two_processes_killed_in_the_middle_ends_with_the_rows_of_one
         assert killed.rows(one / "round-1" / name)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the ranks in /proc")
 def test_ranks_end_with_the_process_that_started_them(tmp_path: Path) -> None:
     """kill -9 of the launcher alone, once its ranks, found in /proc, have begun; then they have a minute."""
@@ -156,6 +160,7 @@ def test_ranks_end_with_the_process_that_started_them(tmp_path: Path) -> None:
     assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the ranks in /proc")
 def test_full_tuning_in_parts_under_torchrun(tmp_path: Path) -> None:
     """Sharded over two processes that are killed on the way: the losses and the checkpoint of one process."""
@@ -221,6 +226,7 @@ def test_sharded_parameters_and_the_model_that_comes_out(half: bool) -> None:
     logits(captioner, fed)
 
 
+@pytest.mark.slow
 def test_a_message_of_another_rank_is_passed_on(tmp_path: Path) -> None:
     """Of two images one breaks after it was looked at; with a batch of one it is rank 0's or rank 1's."""
     tiny_checkpoint(tmp_path / "base")

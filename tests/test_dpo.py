@@ -197,6 +197,7 @@ def departed(captioner: Captioner) -> None:
             parameter.data += 0.05 * torch.randn_like(parameter)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "tuning", "checkpointing"),
     [
@@ -379,6 +380,7 @@ def test_ten_steps(pairs: list[Pair], folder: Path, tmp_path: Path) -> None:
     assert not captioner.model.model._forward_hooks and not captioner.model.model._forward_pre_hooks
 
 
+@pytest.mark.slow
 def test_resumed_run_equals_an_uninterrupted_one(
     pairs: list[Pair], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -404,6 +406,7 @@ def test_resumed_run_equals_an_uninterrupted_one(
     assert logged(tmp_path / "a") == pytest.approx(logged(tmp_path / "b"), abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["weights", "pixels", "tokens", "pairs"])
 def test_a_reference_of_something_else_is_refused(
     what: str, pairs: list[Pair], folder: Path, tmp_path: Path
@@ -439,6 +442,7 @@ def test_alarm_where_chosen_falls_below_its_reference(
     assert json.loads((tmp_path / "alarm.json").read_text())["kept"] == "checkpoint-1"
 
 
+@pytest.mark.slow
 def test_alarm_of_a_loss_that_is_not_finite_keeps_the_checkpoint_to_go_on_from(
     pairs: list[Pair], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -529,6 +533,7 @@ def test_losses_that_do_not_fit(wrong: dict[str, Any]) -> None:
     assert "Extra inputs" not in str(refused.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["exo_pair", "kto"])
 def test_a_loss_by_name_trains(loss: str, pairs: list[Pair], folder: Path, tmp_path: Path) -> None:
     dpo = DPOConfig.model_validate(
@@ -602,6 +607,7 @@ def round_config(**dpo: Any) -> Config:
     return Config.model_validate({"dpo": own, **held_out})
 
 
+@pytest.mark.slow
 def test_command_killed_twice_equals_an_uninterrupted_one(
     pairs: list[Pair], folder: Path, tmp_path: Path
 ) -> None:
@@ -623,6 +629,7 @@ def test_command_killed_twice_equals_an_uninterrupted_one(
     assert logged(alone / "round-1" / "dpo") == pytest.approx(logged(home), abs=1e-6)
 
 
+@pytest.mark.slow
 def test_command_stopped_by_an_alarm_keeps_the_old_captioner(
     pairs: list[Pair], folder: Path, tmp_path: Path
 ) -> None:
@@ -646,6 +653,7 @@ def test_command_stopped_by_an_alarm_keeps_the_old_captioner(
     assert (tmp_path / "round-1" / "captioner").is_dir() and not (home / "alarm.json").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("golden_sft_steps", [0, 2])
 def test_dpo_command(
     pairs: list[Pair], folder: Path, tmp_path: Path, golden_sft_steps: int, monkeypatch: pytest.MonkeyPatch
@@ -680,6 +688,7 @@ def test_dpo_command(
     assert not (home / "dpo" / "checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one_with_twice_the_accumulation(
     pairs: list[Pair], folder: Path, tmp_path: Path
 ) -> None:

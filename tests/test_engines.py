@@ -76,6 +76,7 @@ def test_greedy_equals_generate(captioner: Captioner) -> None:
         assert candidate.text == captioner.tokenizer.decode(generated, skip_special_tokens=True).strip()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_samples_do_not_depend_on_the_batch(family: str) -> None:
     """In float64, where a draw does not fall on a border by rounding."""

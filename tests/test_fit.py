@@ -64,6 +64,7 @@ def captions(captioner: Captioner) -> list[str]:
     return [one.text for [one] in engine.sample(requests, 1, SamplingConfig(temperature=0, max_tokens=12))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("tuning", TUNINGS)
 def test_every_tuning_trains_for_every_objective(tuning: str, objective: str, tmp_path: Path) -> None:

@@ -76,6 +76,7 @@ def test_fused_is_the_same_function(
     assert adapters.name_of(again) is None and again.model.dtype == dtype
 
 
+@pytest.mark.slow
 def test_stock_transformers_loads_and_generates_the_same(tmp_path: Path) -> None:
     captioners = {tmp_path / family: adapted(family, torch.float32) for family in FAMILIES}
     for folder, captioner in captioners.items():

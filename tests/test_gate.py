@@ -138,6 +138,7 @@ def talkative(key: str) -> list[str]:
     return [*half_wrong(key), *KNOWN[key]["false"][2:], *photographs.NONSENSE]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("after", "promoted"), [(better, True), (nonsense, False), (talkative, False), (half_wrong, False)]
 )
@@ -233,6 +234,7 @@ def erring(missed: float, false_pass: float) -> Callable[[str, str, str], float]
     return p_yes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("after", "promoted"), [(better, True), (nonsense, False), (talkative, False), (half_wrong, False)]
 )
@@ -268,6 +270,7 @@ def test_few_photographs_do_not_outweigh_the_assumed_rate(
     assert "0.75 is assumed" in notes and "checked false claims" in notes and "captioner review" in notes
 
 
+@pytest.mark.slow
 def test_a_verifier_is_asked_once(setting: Setting, judge: Path) -> None:
     run, server = setting(half_wrong, better, checkpoint=str(judge), samples="1", false_pass="0.5")
     server.p_yes = erring(missed=0.05, false_pass=0.1)

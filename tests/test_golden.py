@@ -678,6 +678,7 @@ KILLED = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", rounds.STAGES)
 def test_a_killed_stage_ends_with_the_same_rows(
     name: str, ready: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -852,6 +853,7 @@ def test_a_good_verifier_passes(scenes_home: tuple[Path, dict[str, bool]]) -> No
         assert scenes.judge(row.text, scenes.sample("round", index)).false == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("confident", [True, False])
 def test_a_verifier_turned_for_one_kind_is_caught(
     scenes_home: tuple[Path, dict[str, bool]], confident: bool, monkeypatch: pytest.MonkeyPatch
@@ -877,6 +879,7 @@ def test_a_verifier_turned_for_one_kind_is_caught(
     assert "abstain" not in {row.verdict for row in judged_of(home)} or not confident
 
 
+@pytest.mark.slow
 def test_a_verifier_trained_on_turned_labels_is_caught(tmp_path: Path) -> None:
     """A real one: the shipped base, its adapter trained with "yes" and "no" of colors exchanged."""
     import pyarrow as pa
@@ -915,6 +918,7 @@ def test_a_verifier_trained_on_turned_labels_is_caught(tmp_path: Path) -> None:
     assert table["kind color"].accuracy < 0.5 < 0.7 < table["kind shape"].accuracy
 
 
+@pytest.mark.slow
 def test_a_verifier_that_is_wrong_throughout_stops_the_round(
     scenes_home: tuple[Path, dict[str, bool]],
 ) -> None:
@@ -962,6 +966,7 @@ def test_without_planted_claims_the_held_out_questions_judge(fresh: Path) -> Non
         loop.golden(fresh / "run", config_of(fresh), 1)
 
 
+@pytest.mark.slow
 def test_undecided_claims_are_asked_again(
     scenes_home: tuple[Path, dict[str, bool]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

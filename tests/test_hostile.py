@@ -96,6 +96,7 @@ def outcome(source: bytes | Path) -> str:
     return f"an image {sha}"
 
 
+@pytest.mark.slow
 def test_a_thousand_mutated_images(tmp_path: Path) -> None:
     whole = originals()
     files = [mutated(i, whole) for i in range(COUNT)]
@@ -165,6 +166,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(
     ("mode", "form"), [("RGB", "PNG"), ("RGBA", "PNG"), ("I;16", "PNG"), ("F", "TIFF"), ("RGB", "JPEG2000")]

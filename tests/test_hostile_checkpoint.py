@@ -140,6 +140,7 @@ def test_refused_before_anything_is_loaded(name: str, clean: Path, tmp_path: Pat
     assert f"`{key}`" in str(caught.value) or f"`{file}`" in str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["load", "load_frontend"])
 def test_nothing_is_fetched_or_run(how: str, clean: Path, tmp_path: Path) -> None:
     """All of it at once, without the offline switch; and a clean one, to see that the watch sees a load."""
@@ -155,6 +156,7 @@ def test_nothing_is_fetched_or_run(how: str, clean: Path, tmp_path: Path) -> Non
     assert (code, seen) == (2, []) and " sets `" in said
 
 
+@pytest.mark.slow
 def test_a_template_cannot_reach_python(clean: Path, tmp_path: Path) -> None:
     folder = planted(clean, tmp_path)
     escape = "{{ ''.__class__.__mro__[1].__subclasses__() }}"

@@ -62,6 +62,7 @@ def cut(shade: int) -> Cut:
     return Cut((600, 300), {whole: Image.new("RGB", (600, 300), (shade, 90, 160))})
 
 
+@pytest.mark.slow
 def test_a_page_of_hostile_words_in_a_browser(tmp_path: Path) -> None:
     output = Output(tmp_path)
     rows = [row(n, text, key=text, tokens=10 * n) for n, text in enumerate(HOSTILE * 3)]

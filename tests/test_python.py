@@ -14,6 +14,7 @@ from tests.test_demo import small
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "python.md"
 
 
+@pytest.mark.slow
 def test_the_document_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = small(tmp_path)
     scenes.write("validation", 4, tmp_path / "held-out")

@@ -240,6 +240,7 @@ def test_a_run_on_photographs_is_collected(tmp_path: Path) -> None:
     assert "Nothing has judged the truth of the captions of 2 held-out images." in html
 
 
+@pytest.mark.slow
 def test_two_thousand_images_are_searched_sorted_and_opened(tmp_path: Path) -> None:
     def one(i: int) -> ImageShown:
         claims = [
@@ -279,6 +280,7 @@ def test_two_thousand_images_are_searched_sorted_and_opened(tmp_path: Path) -> N
         expect(page.locator("#dialog-key")).to_contain_text("1 of 2000")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width, dark", [(400, False), (1280, True)])
 def test_the_page_fits_phones_and_the_dark(tmp_path: Path, width: int, dark: bool) -> None:
     target = tmp_path / "report.html"

@@ -253,6 +253,7 @@ def interrupted(*args: Any) -> None:
     raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", ["rename", "replace"])
 def test_a_change_that_is_cut_short_costs_no_caption(
     job: Job, step: str, monkeypatch: pytest.MonkeyPatch
@@ -328,6 +329,7 @@ def test_a_part_that_its_worker_did_not_tell_of_is_not_made_again(
     assert Output(job.out).tally.rows == 10
 
 
+@pytest.mark.slow
 def test_a_job_that_is_killed_in_a_shard_keeps_its_rows(job: Job) -> None:
     for number in range(10, 3000):
         job.picture(f"{number}.png", number)
@@ -385,6 +387,7 @@ def test_a_claim_of_somebody_unknown_expires(tmp_path: Path) -> None:
     assert leases.claim(7)
 
 
+@pytest.mark.slow
 def test_machines_that_join_share_the_shards(job: Job) -> None:
     """Two commands at once; a third finds nothing to do. No image is captioned twice."""
     for number in range(10, 120):

@@ -181,6 +181,7 @@ def test_a_caption_pair_is_shown_in_both_orders() -> None:
     )
 
 
+@pytest.mark.slow
 def test_claims_are_answered_by_keyboard_and_survive_a_kill(run: Run, tmp_path: Path) -> None:
     path = answers_path(run.path, 1)
     with browser.page() as page:
@@ -241,6 +242,7 @@ def test_only_the_reviewer_reaches_the_page(run: Run) -> None:
     assert answers_path(run.path, 1).read_text() == ""
 
 
+@pytest.mark.slow
 def test_two_captioners_are_compared(run: Run, tmp_path: Path) -> None:
     for name in ("old", "new"):
         rows = [

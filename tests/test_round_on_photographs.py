@@ -214,6 +214,7 @@ def golden_round(run: Run, config: Config) -> Path:
     return run.path / "round-1"
 
 
+@pytest.mark.slow
 def test_a_good_verifier_makes_true_captions(setting: Setting) -> None:
     home = golden_round(*setting(lambda kind, true: 0.02))
     decision = json.loads((home / "verifier.json").read_text())
@@ -229,6 +230,7 @@ def test_a_good_verifier_makes_true_captions(setting: Setting) -> None:
     assert true / total > 0.9 and false / (true + false) < 0.05
 
 
+@pytest.mark.slow
 def test_a_verifier_that_believes_every_color_may_not_speak_of_colors(setting: Setting) -> None:
     run, config = setting(lambda kind, true: 0.9 if kind == "color" and not true else 0.02)
     home = golden_round(run, config)
@@ -260,6 +262,7 @@ def test_a_verifier_that_believes_every_color_may_not_speak_of_colors(setting: S
         assert comparable_statements(learned + each.sft_text[at:]) == comparable_statements(each.text)
 
 
+@pytest.mark.slow
 def test_a_verifier_that_guesses_is_refused(setting: Setting) -> None:
     run, config = setting(lambda kind, true: 0.5)
     with pytest.raises(Refused, match=r"cannot be trusted: all: 0\.\d+ on \d+ planted claims"):

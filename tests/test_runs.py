@@ -102,6 +102,7 @@ def killed(path: Path, rename: int, when: str, redo: bool = False) -> int:
 KILLS = [(1, "before"), (2, "before"), (3, "after"), (5, "before"), (6, "after"), (7, "before"), (8, "after")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rename", "when"), [*KILLS, (9, "before")])
 def test_kill_anywhere_then_same_results(home: Path, rename: int, when: str) -> None:
     work(home / "whole")

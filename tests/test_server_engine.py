@@ -100,6 +100,7 @@ def test_captions_and_answers(checkpoint: Path) -> None:
     play.engine.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reply", [(500, b"broken"), (400, b"too long"), (200, b"{}"), HANG])
 def test_one_image_that_breaks_the_server_is_one_failed_row(checkpoint: Path, reply: Reply) -> None:
     play = Play(checkpoint, in_flight=4)
@@ -143,6 +144,7 @@ BAD = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", BAD, ids=str)
 def test_an_answer_that_says_nonsense_is_a_failed_row(checkpoint: Path, changes: dict[str, Any]) -> None:
     """And no more: the engine lives, and the next image has its caption."""

@@ -149,6 +149,7 @@ def test_gives_up_when_no_server_answers() -> None:
     assert time.monotonic() - started < 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("reply", "reason"),
     [

@@ -351,6 +351,7 @@ def test_a_size_beyond_the_file_costs_its_member_and_no_time(tmp_path: Path) -> 
         assert "damaged" in bad(items)["x.tar"], what
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_hundred_thousand_members_in_little_memory(tmp_path: Path) -> None:
     path = tmp_path / "x.tar"

@@ -153,6 +153,7 @@ for text in HOSTILE:
 """
 
 
+@pytest.mark.slow
 def test_long_texts_are_read_once() -> None:
     """300 kB of each take seconds of work in all; one that is read again from each of its places takes more
     than the limit alone. The limit is on the work of the process, so a busy machine changes nothing.

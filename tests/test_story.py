@@ -24,6 +24,7 @@ SMALL = {  # for a machine without a GPU: the shipped model, and few steps
 }
 
 
+@pytest.mark.slow
 def test_the_story_runs_as_it_is_printed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -157,6 +157,7 @@ WRONG_MERGES: list[tuple[Any, str]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("made", "reason"), WRONG_MERGES)
 def test_a_wrong_merge_is_refused(made: Any, reason: str, tmp_path: Path) -> None:
     with StandIn(lambda body: json.dumps(made)) as server:
@@ -214,6 +215,7 @@ def test_a_wrong_answer_is_asked_for_again_in_another_way(tmp_path: Path) -> Non
         tool.close()
 
 
+@pytest.mark.slow
 def test_what_a_sick_server_cost_changes_nothing_that_is_asked(tmp_path: Path) -> None:
     """Neither the temperature nor how many answers may be wrong: a crash must not show in the rows."""
     replies: list[Reply] = [(500, b""), (503, b""), "no JSON", (500, b""), "no JSON"]
@@ -259,6 +261,7 @@ def mutant(seed: int) -> Iterator[Reply]:
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2))
 def test_a_mutant_loses_no_image(seed: int, tmp_path: Path) -> None:
     """Each image ends with statements and questions that hold up, or with a reason."""

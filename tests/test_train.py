@@ -132,6 +132,7 @@ def test_a_training_leaves_the_models_forward_and_special_tokens(
     assert [config.pad_token_id for config in configs] == [7, 7]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tuning", [AdapterTuning(vision_width=4, language_width=4), FullTuning()])
 def test_what_trains_moves_and_the_rest_stays(rows: list[ImageRow], tmp_path: Path, tuning: Any) -> None:
     captioner = prepared(tuning)
@@ -151,6 +152,7 @@ def test_what_trains_moves_and_the_rest_stays(rows: list[ImageRow], tmp_path: Pa
         assert any("visual" in name for name in trained) and any("language" in name for name in trained)
 
 
+@pytest.mark.slow
 def test_resumed_run_equals_an_uninterrupted_one(
     rows: list[ImageRow], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -347,6 +349,7 @@ def test_sft_command(tmp_path: Path) -> None:
 # ── training engineering ─────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_gives_the_same_losses(rows: list[ImageRow], tmp_path: Path) -> None:
     for name, on in (("a", False), ("b", True)):
         captioner = prepared()
@@ -360,6 +363,7 @@ def test_gradient_checkpointing_gives_the_same_losses(rows: list[ImageRow], tmp_
     assert logged(tmp_path / "b") == pytest.approx(logged(tmp_path / "a"), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_microbatches_take_the_same_steps(rows: list[ImageRow], tmp_path: Path) -> None:
     for name, micro in (("a", None), ("b", 1)):
         (tmp_path / name).mkdir()
@@ -425,6 +429,7 @@ def test_early_stop_keeps_the_best(
         sft(prepared(), rows, tmp_path / "none", training)
 
 
+@pytest.mark.slow
 def test_a_validation_missed_by_a_killed_process_is_made_up_for(rows: list[ImageRow], tmp_path: Path) -> None:
     images = loop.training_images(rows, SETTINGS)
     sft(prepared(), rows, tmp_path, validation=images)

@@ -67,6 +67,7 @@ def fed(captioner: Captioner) -> dict[str, torch.Tensor]:
     return inputs(captioner, [*captioner.soft_prompt_ids, 40, 41, 42, 43])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", TUNINGS)
 def test_frozen_stays_trainable_moves_and_the_export_is_the_same(
@@ -298,6 +299,7 @@ def test_pickled_adapter_is_not_read(tmp_path: Path) -> None:
 # ── the study ────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.slow
 def test_study_measures_every_arm_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed in its third training, it goes on there; done, it trains nothing."""
     tiny_checkpoint(tmp_path / "base")

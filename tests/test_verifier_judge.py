@@ -99,6 +99,7 @@ def test_the_correction_finds_the_share_of_true_claims() -> None:
     assert sum(row["true"] for row in rows) / (4 * len(rows)) == pytest.approx(0.7, abs=0.01)
 
 
+@pytest.mark.slow
 def test_what_the_judge_confirms_by_mistake_does_not_promote() -> None:
     """The new claims are false, and the judge, of the verifier's family, confirms half of them."""
     asked, before, after = world(400, new_true=0.0, passed=0.95, false_pass=0.5)
