@@ -278,8 +278,8 @@ class Coordinator:
         self._start(number)
 
     def _untold(self, shard: _Shard) -> bool:
-        """Whether a worker published this shard and died before it said so: its log is gone then. A shard that
-        is tried again has its part as well, but a log beside it."""
+        """Whether a worker published this shard and died before it said so: its log is gone then. A shard
+        that is tried again has its part as well, but a log beside it."""
         index = shard.ref.index
         if not self.output.shards.has(index) or Log(self.output.out, index).path.is_file():
             return False
