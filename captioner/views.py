@@ -188,8 +188,13 @@ def read_bytes(path: Path) -> bytes:
         if size > MAX_BYTES:
             raise BadImage(f"file too large: {size:,} bytes, limit {MAX_BYTES:,}")
         return path.read_bytes()
-    except OSError as error:
-        raise BadImage(f"cannot be read: {error.strerror or error}", world=True) from error
+    except BadImage:
+        raise
+    except Exception as error:  # the boundary: the client of an object store raises what it likes
+        reason = (
+            (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
+        )
+        raise BadImage(f"cannot be read: {reason}", world=True) from error
 
 
 def decode(data: bytes) -> Image.Image:

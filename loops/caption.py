@@ -33,6 +33,7 @@ from captioner.pipeline import output
 from captioner.pipeline.coordinator import Coordinator, Pool
 from captioner.pipeline.leases import Leases
 from captioner.pipeline.local import LocalPool, devices
+from captioner.pipeline.mirror import Mirror, work_folder
 from captioner.pipeline.output import Output
 from captioner.pipeline.page import Page
 from captioner.pipeline.prepare import cores
@@ -43,6 +44,7 @@ from captioner.progress import progress
 from captioner.runs import Run, RunDir, checkpoint_path
 from captioner.sources import resolve, taken_in_part
 from captioner.sources.folder import read_captions, write_jsonl
+from captioner.sources.places import address
 from captioner.sources.source import ShardRef, open_source
 from loops.few import print_captions
 from loops.stages import StagePlan
@@ -64,6 +66,7 @@ class Job:
     estimate: int | None = None
     retry_failed: bool = False
     redo: bool = False
+    mirror: Mirror | None = None  # where the output goes, if `out` is the folder that the job works in
 
 
 def plan(
@@ -100,7 +103,8 @@ def caption(
         config: Settings; `model`, `views`, `engine` and `caption` are read.
         input: Folder of images, webdataset tars, Parquet files, a part of them (docs/formats.md), or
             scenes:SPLIT:COUNT. Several are printed only.
-        out: Folder to write: a new one, or one to resume. Without it captions of a few images are printed.
+        out: Folder to write: a new one, or one to resume; or `s3://BUCKET/FOLDER` (docs/bulk.md). Without it
+            captions of a few images are printed.
         format: `jsonl` adds OUT/captions.jsonl to the Parquet files, `txt` adds OUT/KEY.txt.
         checkpoint: Captioner to use; else `caption.checkpoint`, else the newest of the run.
         runner: Workers are processes of this machine, or actors of a Ray cluster.
@@ -125,6 +129,7 @@ def caption(
             raise ConfigError("flags of an output, and no output", where="--out", fix="add --out FOLDER")
         print_captions(config, _checkpoint(config, args), given)
     else:
+        args = _stored(config, args)
         with ending(), writing(args.out):
             _run(config, args)
     return out
@@ -153,6 +158,8 @@ def _run(config: Config, args: Job) -> None:
     source.look()
     args.out.mkdir(parents=True, exist_ok=True)
     held = held or _lock(config, args)
+    if args.mirror:
+        args.mirror.pull()
     shards = source.shards(args.out)
     with _setup(config, args):
         found = _claim(config, args, shards, checkpoint)
@@ -170,8 +177,22 @@ def _run(config: Config, args: Job) -> None:
     elif args.format == "txt":
         output.write_texts(args.out)
     _report(found, config, before + had, again, source.others, time.monotonic() - started)
+    if args.mirror:
+        args.mirror.rest()
     del held
     _judge(found, config, lost)
+
+
+def _stored(config: Config, args: Job) -> Job:
+    """The job in a folder of this machine where its output has an address."""
+    named = address(args.out)
+    if named is None:
+        return args
+    if config.caption.join or args.redo or args.format != "parquet":
+        what = "caption.join, --redo and --format do not go with an output in an object store"
+        raise ConfigError(what, where=named, fix="leave them out, or write to a folder of this machine")
+    out = work_folder(named, config.caption.work)
+    return replace(args, out=out, mirror=Mirror(named, out))
 
 
 def _check_flags(config: Config, args: Job) -> None:
@@ -198,7 +219,7 @@ def _claim(config: Config, args: Job, shards: list[ShardRef], checkpoint: Path) 
     job = _job(config, args, shards, checkpoint)
     if config.caption.join and output.stored_job(args.out) == job:
         return Output(args.out)  # which another machine has claimed, and may be working in
-    return output.claim(args.out, job, [shard.mark for shard in shards])
+    return output.claim(args.out, job, [shard.mark for shard in shards], args.mirror)
 
 
 class _Source:
@@ -380,7 +401,8 @@ def _report(
         parts.append(f"{tally.failed:,} failed ({reasons})")
     if tally.cut:
         parts.append(f"{tally.cut:,} cut at {config.caption.sampling.max_tokens} tokens")
-    print(f"{', '.join(parts)}, {seconds:.1f} s: {found.out}")
+    where = found.mirror.address if found.mirror else found.out
+    print(f"{', '.join(parts)}, {seconds:.1f} s: {where}")
 
 
 def _judge(found: Output, config: Config, lost: list[tuple[str, str]]) -> None:

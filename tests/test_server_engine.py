@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,24 @@ def test_captions_and_answers(checkpoint: Path) -> None:
     for question, answer in zip(("ring", "circles"), answers, strict=True):
         expected = 0.1 * yes / (0.1 * yes + 0.01 * len(question) * no)
         assert answer.p_yes == pytest.approx(expected, rel=1e-9)
+    play.engine.close()
+
+
+def test_pixels_that_are_forgotten_between_the_samples_of_an_image_cost_none(checkpoint: Path) -> None:
+    """A server that was started anew refuses all of them at once, and each is sent again."""
+    play = Play(checkpoint, in_flight=4)
+    together = threading.Barrier(3)
+
+    def forgetful(body: dict[str, Any]) -> Reply:
+        content = body["messages"][0]["content"]
+        if not isinstance(content, str) and any(part.get("image_url", 0) is None for part in content):
+            together.wait(10)
+            return 400, b"Cache miss"
+        return play.answer(body)
+
+    play.stand_in.answer = forgetful
+    [row] = play.engine.sample(play.requests(1), 3, GREEDY)
+    assert [candidate.text for candidate in row] == ["red"] * 3
     play.engine.close()
 
 

@@ -358,6 +358,8 @@ class CaptionConfig(Section):
     """Seconds to wait for a disk of the input that is gone; then the job stops, to be begun again."""
     join: bool = False
     """Several machines give the same command with one output on a file system that they share."""
+    work: str | None = None
+    """Folder of this machine where a job works whose output is in an object store; None = of the cache."""
 
     @model_validator(mode="after")
     def _sampled(self) -> Self:

@@ -227,11 +227,12 @@ class ServerEngine:
         settings: dict[str, Any],
         read: Callable[[dict[str, Any]], Any],
     ) -> Any:
+        named = forgotten = False
+
         def body(server: Server, number: int) -> dict[str, Any]:
-            content = [
-                *(shown.names if server in shown.known else shown.parts),
-                {"type": "text", "text": text},
-            ]
+            nonlocal named
+            named = server in shown.known and not forgotten
+            content = [*(shown.names if named else shown.parts), {"type": "text", "text": text}]
             return {"messages": [{"role": "user", "content": content}], **settings}
 
         def checked(answer: dict[str, Any]) -> Any:
@@ -241,9 +242,10 @@ class ServerEngine:
         try:
             answer, shown.home = await self._servers.ask(body, checked, prefer=shown.home)
         except Rejected:
-            if not shown.known:
+            if not named:  # by this request: others about the image may have found out before it
                 raise
-            shown.known.clear()  # the server may have forgotten the pixels: once more with them
+            forgotten = True  # as a server that was started anew has: once more with the pixels
+            shown.known.clear()
             answer, shown.home = await self._servers.ask(body, checked, prefer=shown.home)
         shown.known.add(shown.home)
         return answer

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 
 from captioner import views
 from captioner.engines import Engine
@@ -68,6 +67,7 @@ def estimate(settings: Settings, engine: Engine, shards: list[ShardRef], count: 
 def _bytes(item: Item) -> bytes:
     """The bytes of an image, none where it cannot be read."""
     try:
-        return views.read_bytes(item.image) if isinstance(item.image, Path) else item.image or b""
+        image = item.image or b""
+        return image if isinstance(image, bytes) else views.read_bytes(image)
     except BadImage:
         return b""

@@ -21,6 +21,7 @@ from typing import Any
 
 from captioner.errors import DataError, RunError
 from captioner.files import atomic_write_json, atomic_write_text, remove_dir, writing
+from captioner.pipeline.mirror import Mirror
 from captioner.records import CaptionRow, read_parquet
 from captioner.runs import Shards
 from captioner.sources.folder import (
@@ -125,8 +126,9 @@ class Output:
     Workers publish; their coordinator keeps the journal, where a shard's ``mark`` says what it was made of.
     """
 
-    def __init__(self, out: Path):
-        self.out, self.shards = out, Shards(out, CaptionRow)
+    def __init__(self, out: Path, mirror: Mirror | None = None):
+        """``mirror``: the store that gets what is published."""
+        self.out, self.shards, self.mirror = out, Shards(out, CaptionRow), mirror
         self.done: set[int] = set()
         self.tally = Tally()
         self.tallies: dict[int, tuple[Tally, str]] = {}  # of the shards that can be tried again; and its mark
@@ -149,7 +151,9 @@ class Output:
             self.enter(index, Tally.of(self.shards.read(index)))
 
     def enter(self, index: int, tally: Tally, mark: str = "") -> None:
-        """Note in the journal that a shard is published."""
+        """Note in the journal that a shard is published, also in the store."""
+        if self.mirror:
+            self.mirror.part(self.shards.path(index))
         line = json.dumps({"shard": index, **asdict(tally), "mark": mark}) + "\n"
         with (self.out / JOURNAL).open("a", encoding="utf-8") as file:
             file.write(line)
@@ -267,7 +271,7 @@ def stored_job(out: Path) -> dict[str, Any]:
         raise RunError("the job's manifest cannot be read", where=str(manifest), fix=fix) from error
 
 
-def claim(out: Path, job: dict[str, Any], marks: Sequence[str]) -> Output:
+def claim(out: Path, job: dict[str, Any], marks: Sequence[str], mirror: Mirror | None = None) -> Output:
     """Make ``out`` this job's output; RunError where another checkpoint or config began it.
 
     ``marks`` are those of the input's shards. Where the input has changed, what is published of shards that
@@ -279,6 +283,9 @@ def claim(out: Path, job: dict[str, Any], marks: Sequence[str]) -> Output:
         what = f"this output was begun with another {' and '.join(changed)}"
         fix = "name a new --out, or start over with --redo"
         raise RunError(what, where=str(out / MANIFEST), fix=fix)
+    if mirror and before and before.get("input") != job["input"]:
+        what = "the input has changed, and the parts in the store are those of another"
+        raise RunError(what, where=mirror.address, fix="name a new --out")
     out.mkdir(parents=True, exist_ok=True)
     clear_leftovers(out)
     shutil.rmtree(out / LEASES, ignore_errors=True)
@@ -287,7 +294,7 @@ def claim(out: Path, job: dict[str, Any], marks: Sequence[str]) -> Output:
         old.put_away()
     if before != job:
         atomic_write_json(out / MANIFEST, job)
-    output = Output(out)
+    output = Output(out, mirror)
     if old.dir.is_dir():
         old.take_back(output, marks)
     return output

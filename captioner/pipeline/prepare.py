@@ -25,6 +25,7 @@ from tenacity import RetryCallState, RetryError, Retrying, retry_if_result, stop
 from captioner import views
 from captioner.config import CaptionConfig
 from captioner.errors import RunError
+from captioner.sources.places import gone
 from captioner.views import BadImage, Cut, ViewSpec
 
 T = TypeVar("T")
@@ -70,7 +71,7 @@ class Preparation:
         try:
             return self._result(image, begun)
         except BadImage as error:
-            if not (error.world and isinstance(image, Path)):
+            if isinstance(image, bytes) or not error.world:
                 raise
             if gone(image):
                 self.wait_for(image)
@@ -96,7 +97,7 @@ class Preparation:
 
         def tell(state: RetryCallState) -> None:
             wait = state.next_action.sleep if state.next_action else 0.0
-            self._say(f"{path.parent} is gone or empty: looking again in {wait:.0f} s")
+            self._say(f"{path.parent} is gone, or empty, or gives no answer: looking again in {wait:.0f} s")
 
         looks = Retrying(
             retry=retry_if_result(bool),
@@ -144,15 +145,6 @@ class Preparation:
             yield first()
 
 
-def gone(path: Path) -> bool:
-    """Whether the disk of a file is gone: what held it is not there, or is the empty folder of a mount."""
-    try:
-        with os.scandir(path.parent) as entries:
-            return next(entries, None) is None
-    except OSError:
-        return True
-
-
 @dataclass(frozen=True)
 class Limits:
     """Picklable: whatever process prepares an image is held to them."""
@@ -174,6 +166,8 @@ class Limits:
 
     def prepare(self, source: bytes | Path, spec: ViewSpec, reduced: bool) -> tuple[Cut, str]:
         """``views.prepare`` within the limits; ends this process, by SIGALRM, where it takes too long."""
+        if not isinstance(source, bytes | Path):
+            source = views.read_bytes(source)  # from a store, whose client has time limits of its own
         self._alarm()
         try:
             return views.prepare(source, spec, reduced, self.room)

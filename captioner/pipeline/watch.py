@@ -25,6 +25,7 @@ from captioner.statements import loops
 
 LEAST = 100  # rows: fewer at the end of a job are not judged
 WINDOW = 60.0  # seconds over which rates are measured
+MIRRORED = 60.0  # seconds between two puts of journal, status and page into a store
 REFUSAL = re.compile(
     r"\W*(?:i['’]?m sorry|i am sorry|sorry\b|i can(?:no|['’])t|i am unable|i['’]m unable|as an ai)", re.I
 )
@@ -129,7 +130,7 @@ class Watch:
         self.wires = Tripwires(config.tripwires)
         self.started = time.monotonic()
         self._samples: deque[_Sample] = deque([_Sample(self.started)])
-        self._written = -math.inf
+        self._written = self._mirrored = -math.inf
         self._begun = _now()
 
     def worker(self, number: int, state: str) -> None:
@@ -172,6 +173,9 @@ class Watch:
             atomic_write_text(Path(self.config.prometheus), prometheus(status))
         if self.page is not None:
             self.page.refresh(status, last=state != "running")
+        if self.output.mirror and (state != "running" or now - self._mirrored > MIRRORED):
+            self._mirrored = now
+            self.output.mirror.rest()
 
     def close(self) -> None:
         """Say that the job is done, where the process that did the last of it could not."""

@@ -30,9 +30,10 @@ from captioner.method.verifier import without_refuted
 from captioner.pipeline.check import Checker, Mark
 from captioner.pipeline.output import Log, Old, Tally
 from captioner.pipeline.page import Thumbnails
-from captioner.pipeline.prepare import GIB, Executor, Gate, Preparation, gone
+from captioner.pipeline.prepare import GIB, Executor, Gate, Preparation
 from captioner.records import Candidate, CaptionRow
 from captioner.runs import Shards
+from captioner.sources.places import gone, is_remote, place
 from captioner.sources.source import Item, ShardRef, read_shard
 from captioner.statements import split_statements
 from captioner.views import BadImage, Cut
@@ -198,21 +199,38 @@ class Worker:
         shard = task.shard
         log = Log(self.settings.out, shard.index)
         have = {number for number, row in log.read()[0].items() if row.fault != "world"}
-        if (
-            os.path.isabs(shard.location)
-            and not os.path.exists(shard.location)
-            and gone(Path(shard.location))
-        ):
-            self._images.wait_for(Path(shard.location))
+        self._wait_for(shard)
         self._shards[shard.index] = opened = _Shard(log, have)
         self._emit(("had", shard.index, len(have)))
         return opened
+
+    def _wait_for(self, shard: ShardRef) -> bool:
+        """Wait until what a shard lies on is there; whether it was gone."""
+        lies = os.path.isabs(shard.location) or is_remote(shard.location)
+        if not lies or os.path.exists(shard.location) or not gone(place(shard.location)):
+            return False
+        self._images.wait_for(place(shard.location))
+        return True
+
+    def _items(self, shard: ShardRef) -> Iterator[tuple[int, Item]]:
+        """The numbered images of a shard; where its store breaks off, it is read on when that is back."""
+        seen = 0
+        while True:
+            try:
+                for number, item in enumerate(read_shard(shard)):
+                    if number >= seen:
+                        seen = number + 1
+                        yield number, item
+                return
+            except DataError:
+                if not self._wait_for(shard):
+                    raise
 
     def _read(self, task: Task) -> None:
         index, count = task.shard.index, 0
         have = frozenset(self._open(task).have)
         try:
-            for number, item in enumerate(read_shard(task.shard)):
+            for number, item in self._items(task.shard):
                 count += 1
                 if number not in have:
                     self._queue.put(self._entry(index, number, item))
@@ -240,7 +258,7 @@ class Worker:
         """Caption up to ``task.singly`` images, each announced; the shard's count if none is left."""
         count = tried = 0
         have = frozenset(self._open(task).have)
-        for number, item in enumerate(read_shard(task.shard)):
+        for number, item in self._items(task.shard):
             count += 1
             if number in have:
                 continue
@@ -273,8 +291,8 @@ class Worker:
                 self._known[each.sha] = row
             if len(self._known) > KNOWN:
                 self._known.popitem(last=False)
-            for place in each.places:
-                self._row(place, row)
+            for entry in each.places:
+                self._row(entry, row)
         self._flush()
 
     def _answered(
@@ -419,9 +437,9 @@ class Worker:
 
     # ---- saying
 
-    def _row(self, place: _Entry, row: CaptionRow) -> None:
-        row = row.model_copy(update={"key": place.item.key})
-        self._rows.setdefault(place.shard, []).append((place.number, row))
+    def _row(self, entry: _Entry, row: CaptionRow) -> None:
+        row = row.model_copy(update={"key": entry.item.key})
+        self._rows.setdefault(entry.shard, []).append((entry.number, row))
         late = time.monotonic() - self._said > SAID_AFTER
         if late or sum(map(len, self._rows.values())) >= SAID_TOGETHER:
             self._flush()

@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 from captioner.errors import DataError
 from captioner.sources.folder import EXTRA_SUFFIXES, image_keys, sidecar, walk_images
 from captioner.sources.items import Cut, Item, ShardRef
+from captioner.sources.places import gone, is_remote, open_bytes, place
 from captioner.views import FORMATS
 
 LINE = 1 << 16  # bytes of a line of a file list
@@ -81,24 +82,26 @@ def _lines_at(path: str, byte: int, rows: int) -> list[bytes]:
     """``rows`` lines of a listing that are not blank, from a byte on."""
     lines: list[bytes] = []
     try:
-        with open(path, "rb") as file:
+        with open_bytes(place(path)) as file:
             file.seek(byte)
             while len(lines) < rows and (line := file.readline(LINE)):
                 if line.strip():
                     lines.append(line)
     except OSError as error:
-        raise DataError(f"cannot be read: {error.strerror}", where=path) from error
+        raise DataError(f"cannot be read: {error.strerror or error}", where=path) from error
     return lines
 
 
 def list_cuts(path: Path, shard_rows: int) -> Iterator[Cut]:
     """Shards of the files that a list names, found by the byte at which their lines begin."""
-    with path.open("rb") as file:
+    with open_bytes(path) as file:
         rows, begin, start, mark = 0, 0, 0, hashlib.sha256()
         while line := file.readline(LINE):
             if line.strip():
                 rows += 1
-                mark.update(json.dumps([line.decode("latin-1"), *_stamp(Path(_named(path, line)))]).encode())
+                # a store is not asked about each of millions of objects
+                found = () if is_remote(str(path)) else _stamp(Path(_named(str(path), line)))
+                mark.update(json.dumps([line.decode("latin-1"), *found]).encode())
             if rows == shard_rows:
                 yield _lines(path, begin, start, rows, shard_rows, mark.hexdigest())
                 start, begin, rows, mark = start + rows, file.tell(), 0, hashlib.sha256()
@@ -111,26 +114,50 @@ def _lines(path: Path, begin: int, start: int, rows: int, shard_rows: int, mark:
     return Cut(f"files-{start // shard_rows:05d}", where, start, rows, mark)
 
 
-def _named(listing: Path, line: bytes) -> str:
+def _named(listing: str, line: bytes) -> str:
     """The path in a line of a list, relative to which it is."""
-    name = os.fsdecode(line.removeprefix(b"\xef\xbb\xbf").strip(b"\r\n"))
-    return os.path.normpath(os.path.join(listing.parent, name))
+    name, home = os.fsdecode(line.removeprefix(b"\xef\xbb\xbf").strip(b"\r\n")), os.path.dirname(listing)
+    if is_remote(listing):
+        scheme = listing[: listing.index("://") + 3]
+        whole = name if name.startswith(scheme) else f"{home}/{name}"
+        return scheme + os.path.normpath(whole.removeprefix(scheme))
+    return os.path.normpath(os.path.join(home, name))
 
 
 def read_list(shard: ShardRef) -> Iterator[Item]:
     where = json.loads(shard.location)
     home = os.path.dirname(where["list"])
     found = _lines_at(where["list"], where["byte"], shard.rows or 0)
-    paths = [_named(Path(where["list"]), line) for line in found]
+    remote = is_remote(where["list"])
+    paths = [_named(where["list"], line) for line in found]
     names = [
-        os.path.relpath(path, home) if path.startswith(os.path.join(home, "")) else path.lstrip("/")
+        path.removeprefix(os.path.join(home, ""))
+        if path.startswith(os.path.join(home, ""))
+        else path.lstrip("/")
         for path in paths
     ]
     for key, path in zip(image_keys(names), paths, strict=True):
         if "\0" in path or not os.path.basename(path):
             yield Item(key, None, error="not a file name")
+        elif remote and place(path).drive != place(where["list"]).drive:
+            yield Item(key, None, error="an object of another bucket than the list's")
+        elif remote:
+            yield Item(key, place(path))
+        elif _nowhere(path):
+            yield Item(key, None, error="no such folder", world=True)
         else:
             yield Item(key, Path(path), _beside(Path(os.path.splitext(path)[0])))
+
+
+def _nowhere(path: str) -> bool:
+    """Whether the folder of a file is not there, and its disk is: a line of a list may say anything, and no
+    job is to wait for that."""
+    folder = os.path.dirname(path)
+    if os.path.isdir(folder):
+        return False
+    while not os.path.isdir(folder):
+        folder = os.path.dirname(folder)
+    return not gone(Path(folder, "file"))
 
 
 def _beside(stem: Path) -> str | None:

@@ -14,6 +14,7 @@ spec                                      what is read
 ``A.tar`` ``DIR/*.tar`` ``{000..999}.tar``  webdataset shards, also a folder that holds only tars
 ``A.parquet`` ``DIR/*.parquet``           image bytes, ``{bytes, path}`` or paths; also a folder of them
 ``hf:PATH_OR_NAME[:SPLIT]``               a Hugging Face data set on disk or on the hub
+``s3://BUCKET/…``                         the same tars, Parquet files and lists in an object store
 ========================================  ============================================================
 """
 
@@ -35,6 +36,7 @@ from captioner.sources.files import folder_cuts, list_cuts, read_files, read_lis
 from captioner.sources.folder import is_image_name, leads_out, no_images
 from captioner.sources.hf import hf_cuts, is_saved, read_hf
 from captioner.sources.items import Cut, Item, ShardRef
+from captioner.sources.places import is_remote, matching, place, stamp
 from captioner.sources.rows import read_photo, read_rows, table_cuts
 from captioner.sources.tables import parquet_cuts, read_parquet
 from captioner.sources.tars import read_tar
@@ -69,8 +71,7 @@ def open_source(
 def _mark(cut: Cut) -> str:
     """Of a file: its name, size, time of change and part; of anything else what is known of its place."""
     try:
-        stat = os.stat(cut.location)
-        of: list[object] = [stat.st_size, stat.st_mtime_ns]
+        of = stamp(place(cut.location))
     except (OSError, ValueError):
         of = [cut.location]
     return hashlib.sha256(json.dumps([cut.name, *of, cut.start, cut.rows]).encode()).hexdigest()
@@ -108,8 +109,13 @@ def _cuts(
         raise ValueError(f"shards of {shard_rows} rows")
     if spec.startswith("hf:"):
         return "hf", hf_cuts(spec, shard_rows)
+    if is_remote(spec):
+        files = [file for name in _braces(spec) for file in matching(name)]
+        if len(files) == 1 and files[0].suffix.lower() in LISTS:
+            return "list", list_cuts(files[0], shard_rows)
+        return _packed(files, spec, shard_rows)
     if spec.startswith("scenes:") or "://" in spec:
-        fix = "render scenes first (captioner scenes), copy remote data to a disk first"
+        fix = "render scenes first (captioner scenes); of the network, s3://… and hf:… are read"
         raise DataError("not a data set on this machine", where=spec, fix=fix)
     path = Path(os.path.abspath(spec))  # other processes may work elsewhere
     if not path.exists() and re.search(r"[*?\[{]", spec):
@@ -130,6 +136,11 @@ def _cuts(
         files = [path]
     else:
         raise DataError("no such file or folder", where=spec, fix="name a data set: docs/formats.md")
+    return _packed(files, spec, shard_rows)
+
+
+def _packed(files: list[Path], spec: str, shard_rows: int) -> tuple[str, Iterator[Cut]]:
+    """Tars or Parquet files."""
     kinds = {file.suffix.lower() for file in files}
     if kinds == {".tar"}:
         return "webdataset", (Cut(file.name, str(file)) for file in files)

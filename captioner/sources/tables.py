@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from captioner.errors import DataError
 from captioner.sources.items import Cut, Item, ShardRef
+from captioner.sources.places import Unreachable, open_bytes, place
 from captioner.views import MAX_BYTES
 
 BATCH = 16  # rows of a table in memory at once: they hold whole images
@@ -76,8 +77,8 @@ def row_item(batch: Any, row: int, columns: Columns, fallback: str, home: Path, 
         reason = " ".join(str(error).split()) or type(error).__name__
         world = isinstance(error, OSError)
         return Item(key, None, error=f"the row cannot be read: {reason[:200]}", world=world)
-    if isinstance(image, Path) and columns.key == columns.image:  # where it lies is no name of its own
-        key = Path(os.path.normpath(image)).relative_to(home).as_posix()
+    if columns.key == columns.image and not isinstance(image, bytes | None):  # where it lies is no name
+        key = os.path.relpath(str(image), str(home))
     if isinstance(image, bytes) and len(image) > MAX_BYTES:
         return Item(key, None, error=f"file too large: {len(image):,} bytes, limit {MAX_BYTES:,}")
     return Item(key, image, caption, None if image is not None else "no image in the row")
@@ -99,7 +100,7 @@ def _cell(value: Any, home: Path, remote: bool) -> bytes | Path | None:
     # whoever wrote the table does not choose which files of this machine, or of the network, are opened
     if "://" in value or "::" in value:
         raise ValueError(f"{value!r} is an address, and the data set is not one of the hub")
-    if not Path(os.path.normpath(home / value)).is_relative_to(home):
+    if not Path(os.path.normpath(os.path.join(str(home), value))).is_relative_to(os.path.normpath(str(home))):
         raise ValueError(f"{value!r} leads out of {home}")
     return home / value
 
@@ -108,12 +109,15 @@ def parquet_cuts(files: Sequence[Path], shard_rows: int) -> Iterator[Cut]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    root = os.path.commonpath([file.parent for file in files])
+    root = os.path.commonpath([str(file.parent) for file in files])
     for file in files:
-        name = file.relative_to(root).as_posix()
+        name = os.path.relpath(str(file), root)
         try:
-            about = pq.read_metadata(file)
+            with open_bytes(file) as opened:
+                about = pq.read_metadata(opened)
             sizes = [about.row_group(i).num_rows for i in range(about.num_row_groups)]
+        except Unreachable:
+            raise
         except (OSError, pa.ArrowException):
             yield Cut(name, str(file))  # reading it says what is wrong
             continue
@@ -129,10 +133,11 @@ def read_parquet(shard: ShardRef) -> Iterator[Item]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    path = Path(shard.location)
+    path = place(shard.location)
     try:
         # so that a page is in memory at once, not the column of a row group
-        file = pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
+        opened = open_bytes(path)
+        file = pq.ParquetFile(opened, buffer_size=1 << 20, pre_buffer=False)
         sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
         schema = file.schema_arrow
     except (OSError, pa.ArrowException) as error:
@@ -140,7 +145,7 @@ def read_parquet(shard: ShardRef) -> Iterator[Item]:
     columns = columns_of(schema, str(path))
     end = shard.start + shard.rows if shard.rows is not None else sum(sizes)
     row = 0
-    with file:
+    with opened, file:
         for group, size in enumerate(sizes):
             if shard.start <= row < end:
                 yield from _row_group(file, group, row, size, columns, shard)
@@ -152,7 +157,7 @@ def _row_group(
 ) -> Iterator[Item]:
     import pyarrow as pa
 
-    stem, home = shard.name.removesuffix(".parquet"), Path(shard.location).parent
+    stem, home = shard.name.removesuffix(".parquet"), place(shard.location).parent
     done, reason = 0, "fewer rows than the file says"
     try:
         wanted = [name for name in dict.fromkeys(columns) if name]
@@ -160,6 +165,8 @@ def _row_group(
             for i in range(batch.num_rows):
                 yield row_item(batch, i, columns, f"{stem}/{first + done:08d}", home)
                 done += 1
+    except Unreachable as error:
+        raise DataError("cannot be read to its end", where=str(error)) from error
     except (OSError, pa.ArrowException) as error:
         reason = " ".join(str(error).split())[:200]
     for lost in range(done, min(size, done + MAX_LOST)):

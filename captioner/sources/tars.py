@@ -16,6 +16,7 @@ from typing import IO
 from captioner.errors import DataError
 from captioner.sources.folder import is_image_name
 from captioner.sources.items import Item, ShardRef
+from captioner.sources.places import Unreachable, open_bytes, place
 from captioner.views import MAX_BYTES
 
 MAX_TEXT = 1 << 20  # bytes of a caption or of metadata in a tar
@@ -39,30 +40,38 @@ class _Damage(Exception):
 
 
 def read_tar(shard: ShardRef) -> Iterator[Item]:
-    path = Path(shard.location)
+    path = place(shard.location)
     try:
-        if not path.is_file():
+        if isinstance(path, Path) and not path.is_file():  # a pipe would block
             raise DataError("not a file" if path.exists() else "no such file", where=str(path))
-        file = path.open("rb")
+        file = open_bytes(path)
     except OSError as error:
         raise DataError(f"not a tar that can be read: {error}", where=str(path)) from error
-    with file:
-        size = os.fstat(file.fileno()).st_size
-        if _next_header(file, 0, BLOCK) is None:
-            fix = "a compressed tar wants to be unpacked: gunzip"
-            raise DataError("not a tar that can be read: no header", where=str(path), fix=fix)
-        start: int | None = 0
-        found = 0
-        while start is not None:
-            members = _members(file, start, size)
-            start = None
-            try:
-                yield from _samples(members)
-            except _Damage as damage:
-                found += 1
-                key = shard.name if found == 1 else f"{shard.name}#{found}"
-                yield Item(key, None, error=str(damage))
-                start = _next_header(file, damage.byte, size)
+    try:
+        yield from _read(file, shard)
+    except Unreachable as error:
+        raise DataError("cannot be read to its end", where=str(error)) from error
+    finally:
+        file.close()
+
+
+def _read(file: IO[bytes], shard: ShardRef) -> Iterator[Item]:
+    size = file.seek(0, os.SEEK_END)
+    if _next_header(file, 0, BLOCK) is None:
+        fix = "a compressed tar wants to be unpacked: gunzip"
+        raise DataError("not a tar that can be read: no header", where=shard.location, fix=fix)
+    start: int | None = 0
+    found = 0
+    while start is not None:
+        members = _members(file, start, size)
+        start = None
+        try:
+            yield from _samples(members)
+        except _Damage as damage:
+            found += 1
+            key = shard.name if found == 1 else f"{shard.name}#{found}"
+            yield Item(key, None, error=str(damage))
+            start = _next_header(file, damage.byte, size)
 
 
 def _samples(members: Iterator[tuple[tarfile.TarInfo, tarfile.TarFile]]) -> Iterator[Item]:
@@ -118,6 +127,8 @@ def _members(file: IO[bytes], start: int, size: int) -> Iterator[tuple[tarfile.T
                 yield member, tar
                 after = tar.offset + BLOCK
             end = tar.offset
+    except Unreachable:
+        raise
     except Exception as error:  # the boundary: broken headers make tarfile raise what they like
         reason = " ".join(str(error).split()) or type(error).__name__
         raise _Damage(f"the tar is damaged: {reason[:200]}", after) from error
@@ -186,6 +197,8 @@ def _bytes(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | None:
     try:
         stream = tar.extractfile(member)
         return stream.read() if stream is not None else b""
+    except Unreachable:
+        raise
     except (OSError, tarfile.TarError):  # a failing disk, a file that became shorter
         return None
 
