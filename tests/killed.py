@@ -64,15 +64,19 @@ class Iterate:
         _, left = psutil.wait_procs(others, GONE_SECONDS)
         assert not left, left
 
-    def done(self) -> None:
-        """Start it and wait for its end; the gate may refuse what a random model learned."""
+    def done(self, last: str = "gate.json") -> None:
+        """Start it and wait for its end; the gate may refuse what a random model learned.
+
+        ``last``: a file of the round that is there then. Samples of a random model that never end make no
+        pairs, so that a round may be refused before its training.
+        """
         process = self._start()
         process.wait()
         assert process.returncode in (0, 3), self._said()
-        assert (self.run / "round-1" / "gate.json").is_file(), self._said()
+        assert (self.run / "round-1" / last).is_file(), self._said()
 
 
-def check_rows(run: Path) -> None:
+def check_rows(run: Path, evaluated: bool = True) -> None:
     """Every image once among samples, answers and captions: as a row, or as a failure with its reason."""
     home = run / "round-1"
     candidates = [row["key"] for row in rows(home / "candidates")]
@@ -82,6 +86,8 @@ def check_rows(run: Path) -> None:
     assert len({(row["key"], row["text"]) for row in claims}) == len(claims) > 0
     failed = [row["key"] for row in rows(home / "claims" / "failed")]
     assert Counter([*failed, *{row["key"] for row in claims}]) == dict.fromkeys(keys, 1)
+    if not evaluated:
+        return
     captions = [rows(folder) for folder in (run / "evaluation").iterdir()]
     assert sorted(len({row["key"] for row in own}) for own in captions) == [3, 3, IMAGES, IMAGES]
     assert all(len({row["key"] for row in own}) == len(own) for own in captions)
