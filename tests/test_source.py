@@ -161,7 +161,6 @@ def test_names_that_are_not_utf8_are_rows(tmp_path: Path) -> None:
     ("spec", "message"),
     [
         ("nowhere", "no such file"),
-        ("s3://bucket/x", "not a data set on this machine"),
         ("scenes:test:3", "render scenes"),
         ("*.tar", "no file matches"),
         ("{000..002}.tar", "3 of the files are not there"),
