@@ -9,7 +9,6 @@ all.
 
 from __future__ import annotations
 
-import io
 import os
 import random
 import sys
@@ -34,6 +33,7 @@ from captioner.records import Candidate
 from captioner.sources.folder import read_captions
 from captioner.sources.source import open_source, read_shard
 from captioner.views import ViewSpec
+from tests.test_folders import tar
 from tests.test_hostile import mutated, originals
 from tests.test_source import header, pax, png
 
@@ -64,7 +64,7 @@ def caption(source: Path, out: Path) -> None:
 def tars(home: Path) -> Iterator[Path]:
     dice = random.Random(0)
     images = [(f"{i}.png", png(i)) for i in range(20)]
-    whole = tar(images)
+    whole = tar(*images)
     huge = [b"\x80" + (1 << bits).to_bytes(11, "big") for bits in (33, 60, 80)]
     lies = [header("x.png", size, kind) for size in huge for kind in KINDS]
     lies += [pax(b"size=%d" % size) + header("x.png", b"%011o\0" % 0) for size in (1 << 60, -1024, 10**30)]
@@ -86,16 +86,6 @@ def tars(home: Path) -> Iterator[Path]:
 
 
 KINDS = (tarfile.REGTYPE, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_SPARSE)
-
-
-def tar(members: list[tuple[str, bytes]]) -> bytes:
-    file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode="w") as made:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            made.addfile(info, io.BytesIO(data))
-    return file.getvalue()
 
 
 def tables(home: Path) -> Iterator[Path]:
@@ -169,7 +159,7 @@ def main() -> None:
         home = Path(folder)
         whole = originals()
         thousand = home / "mutated.tar"
-        thousand.write_bytes(tar([(f"{i:04d}.png", mutated(i, whole)) for i in range(count)]))
+        thousand.write_bytes(tar(*((f"{i:04d}.png", mutated(i, whole)) for i in range(count))))
         kinds = {"mutated": [thousand], "tars": tars(home), "tables": tables(home), "large": large(home)}
         for kind, sources in kinds.items():
             taken, peaks, bad, rows = [], [], [], 0

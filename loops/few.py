@@ -8,7 +8,6 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from captioner.config import Config
-from captioner.engines import make_engine
 from captioner.errors import ConfigError, Refused
 from captioner.pipeline import stages
 from captioner.sources import locate, taken_in_part
@@ -32,8 +31,7 @@ def print_captions(config: Config, checkpoint: Path, sources: Sequence[str]) -> 
         rows = [row for folder in folders for row in read_folder(folder, captions=False)]
         if len(rows) > MOST:
             raise _too_many(f"{len(rows):,} images", sources[0])
-        engine = make_engine(checkpoint, config)
-        stack.callback(engine.close)
+        engine = stack.enter_context(stages.opened(checkpoint, config))
         images = stages.prepared(rows, stack.enter_context(stages.images(engine.renderer.spec, config, 0)))
         for image, made in stages.caption_images(engine, images, 1, sampling):
             failed += not made

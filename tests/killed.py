@@ -51,7 +51,10 @@ class Iterate:
         return (self.run / "log").read_text(errors="replace")[-3000:]
 
     def killed_in(self, stage: str) -> None:
-        """Start it and kill it, alone, once a shard of a stage is there; what it started ends by itself."""
+        """Start it and kill it, alone, once a shard of a stage is there; what it started ends by itself.
+
+        Files of another process are looked for again and again, because nothing tells when one is there.
+        """
         process = self._start()
         home = self.run / "round-1" / stage
         while not list(home.glob("[0-9]*.parquet")):

@@ -76,22 +76,19 @@ def server(tmp_path: Path, checkpoint: Path) -> Iterator[Vllm]:
     made.close()
 
 
+def served_by(server: Vllm) -> list[str]:
+    """The flags of a server that is asked one thing at a time."""
+    engine = {"type": "server", "urls": server.url, "retries": 3, "in_flight": 1}
+    return [word for name, value in engine.items() for word in (f"--engine.{name}", str(value))]
+
+
 Check = Callable[..., int]
 
 
 @pytest.fixture
 def check(tmp_path: Path, run: Path, server: Vllm) -> Check:
     def checked(*words: str) -> int:
-        engine = [
-            "--engine.type",
-            "server",
-            "--engine.urls",
-            server.url,
-            "--engine.retries",
-            "3",
-            "--engine.in_flight",
-            "1",
-        ]
+        engine = served_by(server)
         place = ["--run", str(run), "--out", str(tmp_path / "out")]
         return cli.main(["verify", str(tmp_path / "set"), *place, *engine, "--model.device", "cpu", *words])
 
@@ -191,16 +188,7 @@ def test_bulk_captions_are_checked_by_the_verifier_of_the_run(tmp_path: Path, ru
     verifier = run / "round-1" / "qa" / "captioner"
     server = Vllm({"captioner": captioner, "verifier": verifier}, images, lambda name, key: prose(key), p_yes)
     try:
-        engine = [
-            "--engine.type",
-            "server",
-            "--engine.urls",
-            server.url,
-            "--engine.retries",
-            "3",
-            "--engine.in_flight",
-            "1",
-        ]
+        engine = served_by(server)
         words = ["caption", str(tmp_path / "set"), "--run", str(run), "--checkpoint", str(captioner), *engine]
         more = ["--caption.reduced_decode", "false", "--caption.sampling.max_tokens", "400"]
         assert cli.main([*words, "--out", str(tmp_path / "out"), "--drop-refuted", *more]) == 0

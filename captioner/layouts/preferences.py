@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from captioner import prompts
+from captioner.layouts.writers import ROW_GROUP
 from captioner.records import Pair
 from captioner.sources.folder import ImageRow, json_line, link_image
 from captioner.views import BadImage, read_bytes
-
-ROW_GROUP = 96  # rows with images that are in memory at once
 
 
 def write(
@@ -32,7 +31,9 @@ def write(
 
     ``images``: the rows of ``folder`` by key.
     """
-    return (_trl if to == "trl" else _swift)(pairs, images, folder, out, lost)
+    if to == "trl":
+        return _trl(pairs, images, out, lost)
+    return _swift(pairs, images, folder, out, lost)
 
 
 def _messages(pair: Pair) -> dict[str, list[dict[str, str]]]:
@@ -41,9 +42,7 @@ def _messages(pair: Pair) -> dict[str, list[dict[str, str]]]:
     return {"prompt": [{"role": "user", "content": prompts.load("caption")}], **said}
 
 
-def _trl(
-    pairs: Sequence[Pair], images: Mapping[str, ImageRow], folder: Path, out: Path, lost: Counter[str]
-) -> int:
+def _trl(pairs: Sequence[Pair], images: Mapping[str, ImageRow], out: Path, lost: Counter[str]) -> int:
     import datasets
     import pyarrow as pa
     import pyarrow.parquet as pq

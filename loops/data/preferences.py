@@ -21,9 +21,7 @@ __all__ = ["plan", "preferences"]
 def plan(run: Run, out: Path, round: int = 1) -> list[StagePlan]:
     """What is read and written."""
     home = run.stage_dir(f"round-{round}")
-    return [
-        StagePlan("", {"pairs": home / "pairs", "candidates": home / "candidates"}, {"round": round}, [out])
-    ]
+    return [StagePlan("", {"pairs": home / "pairs", "candidates": home / "candidates"}, outputs=[out])]
 
 
 def preferences(

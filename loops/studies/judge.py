@@ -22,7 +22,7 @@ from pathlib import Path
 
 from captioner import laboratory
 from captioner.config import Config
-from captioner.engines import Engine, make_engine
+from captioner.engines import Engine
 from captioner.errors import ConfigError
 from captioner.judges.base import Comparison, Said, compared
 from captioner.judges.facts import FactsJudge, read
@@ -129,8 +129,7 @@ def measure(config: Config, work: Path) -> Iterator[tuple[str, dict[str, float]]
     if part is None:
         raise ConfigError("the study needs images whose facts are known", where="gate.data")
     rows = _arms.images(config, work, config.gate.data)
-    engine = make_engine(checkpoint_path(config.model.path), config)
-    try:
+    with stages.opened(checkpoint_path(config.model.path), config) as engine:
         errors, temperature = _calibrated(engine, _arms.images(config, work, config.qa.data))
         false = {row.key: _falsehoods(part, row) for row in rows}
         again = _ask(engine, part, rows, false, temperature, qa.WORDINGS[1])
@@ -140,8 +139,6 @@ def measure(config: Config, work: Path) -> Iterator[tuple[str, dict[str, float]]
             row.key: _image(row, false[row.key], again[row.key], asked[row.key], config.seed) for row in rows
         }
         checked = _checked(engine, part, _arms.images(config, work, part.next(1)), temperature)
-    finally:
-        engine.close()
     rates = {name: replace(errors, assumed=rate) for name, rate in ASSUMED.items()}
     rates["checked"] = replace(errors, false_pass=checked)
     known = {row.key: facts for row in rows if (facts := read(row.facts)) is not None}

@@ -13,16 +13,6 @@ python=$dir/bin/python
   "$root[adapters]" pytest hypothesis
 "$python" -m pip uninstall --quiet --yes --disable-pip-version-check captioner # tests import the checkout
 
-# Beside a CPU build of torch torchvision announces two compiled operators that are not there, and fails to
-# import. The processors of the Qwen-VL family import it but use neither.
-"$python" - <<'END'
-import pathlib
-import sysconfig
-
-path = pathlib.Path(sysconfig.get_path("purelib")) / "torchvision" / "_meta_registrations.py"
-gone = {f'@torch.library.register_fake("torchvision::{name}")' for name in ("nms", "qnms")}
-kept = [line for line in path.read_text().splitlines() if line.strip() not in gone]
-path.write_text("\n".join(kept) + "\n")
-END
+"$python" "$root/tests/torchvision_on_cpu.py"
 "$python" -W ignore -c 'import torchvision, adapters; print("adapters", adapters.__version__)'
 touch "$dir/.complete"

@@ -25,16 +25,6 @@ END
 # Sound and video, which nothing here uses and which want their own matching torch.
 "$python" -m pip uninstall --quiet --yes --disable-pip-version-check torchaudio torchcodec
 
-# torchvision is built for another torch than the CPU's: it announces two compiled operators that are then not
-# there, and fails to import. The processors of the Qwen-VL family import it but use neither.
-"$python" - <<'END'
-import pathlib
-import sysconfig
-
-path = pathlib.Path(sysconfig.get_path("purelib")) / "torchvision" / "_meta_registrations.py"
-gone = {f'@torch.library.register_fake("torchvision::{name}")' for name in ("nms", "qnms")}
-kept = [line for line in path.read_text().splitlines() if line.strip() not in gone]
-path.write_text("\n".join(kept) + "\n")
-END
+"$python" "$root/tests/torchvision_on_cpu.py"
 VLLM_LOGGING_LEVEL=ERROR "$python" -c 'import torchvision, vllm; print("vllm", vllm.__version__)'
 touch "$dir/.complete"

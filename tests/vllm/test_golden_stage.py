@@ -90,7 +90,10 @@ def told(home: Path, name: str) -> tuple[list[dict[str, Any]], list[float]]:
 
 
 def test_a_server_that_dies_twice_costs_no_row(checkpoint: Path, server: Server, tmp_path: Path) -> None:
-    """Samples at temperature 1 with a seed a row, tool answers and verdicts: those of an undisturbed run."""
+    """Samples at temperature 1 with a seed a row, tool answers and verdicts: those of an undisturbed run.
+
+    The server dies when a file of the stage is there. The thread looks again and again: nothing tells it.
+    """
     calm, storm = tmp_path / "calm", tmp_path / "storm"
     config = a_run(calm, checkpoint, server)
     with pytest.raises(Refused, match=rf"\d+ of {IMAGES} images failed \(.*tool: "):
