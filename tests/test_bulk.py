@@ -452,6 +452,7 @@ def test_workers_that_only_die_end_the_job(
     assert not list((tmp_path / "out").glob("*.parquet"))
 
 
+@pytest.mark.slow
 def test_prepared_elsewhere_means_the_same(tmp_path: Path, checkpoint: Path) -> None:
     """Processes that prepare, other batches and another number of workers change no row."""
     source = write_table(tmp_path / "a.parquet", rows=12)
@@ -515,6 +516,7 @@ def member(name: str, data: bytes) -> tuple[tarfile.TarInfo, io.BytesIO]:
     return info, io.BytesIO(data)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("first", "second"), [("0001", "0001"), ("a/x", "A/X"), ("a", "a.txt/b"), ("gr\u00fcn", "gru\u0308n")]
 )
@@ -551,6 +553,7 @@ def test_bad_keys_are_rows_and_their_job_can_be_redone(tmp_path: Path, checkpoin
     assert not (tmp_path / "evil.txt").exists()
 
 
+@pytest.mark.slow
 def test_a_redo_that_is_cut_short_is_finished_by_the_next_job(
     tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -749,6 +752,7 @@ def test_estimate_names_the_slowest_stage_and_writes_nothing(
 # ---------------------------------------------------------------- quality
 
 
+@pytest.mark.slow
 def test_verified_captions_have_columns_and_refuted_statements_go(tmp_path: Path) -> None:
     source = "scenes:test:6"
     checkpoint_flags = ["--checkpoint", "scenes-base", "--caption.sampling.max_tokens", "60"]

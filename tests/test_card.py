@@ -44,6 +44,7 @@ def expected(renderer: Renderer, whole_only: bool) -> list[int]:
     return prefix.ids + renderer.branch_ids(None)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "soft"), [*((family, 3) for family in FAMILIES), ("qwen3_vl", 0)])
 def test_images_alone_are_the_prompt_of_training(family: str, soft: int, tmp_path: Path) -> None:
     captioner = adapted(family, torch.float32, soft=soft)

@@ -96,6 +96,7 @@ def written(home: Path) -> dict[str, list[Path]]:
 SPECS = {"tars": "d/{0,1}.tar", "bytes": "d/byte?.parquet", "paths": "d", "list": "d/list.txt"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", list(SPECS))
 def test_a_job_over_a_store_has_the_rows_of_a_local_one(
     kind: str, job: Job, bucket: Any, tmp_path: Path
@@ -216,6 +217,7 @@ when = sys.argv[1]
 """ + test_resume.JOB.replace("sys.argv[1]", "sys.argv[2]").replace("sys.argv[2:]", "sys.argv[3:]")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", ["before", "behind"])
 def test_an_output_in_a_store_of_a_job_that_is_killed_at_a_put(
     when: str, job: Job, bucket: Any, tmp_path: Path
@@ -248,6 +250,7 @@ def test_an_output_in_a_store_of_a_job_that_is_killed_at_a_put(
     assert rows() == wanted
 
 
+@pytest.mark.slow
 def test_two_jobs_do_not_write_into_one_store(
     job: Job, bucket: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -266,6 +266,7 @@ def test_facts_of_photographs_judge_the_files_of_another_tool(
 # ---------------------------------------------------------------- a language model
 
 
+@pytest.mark.slow
 def test_a_language_model_prefers_and_reads(tmp_path: Path) -> None:
     """It prefers what names a cup, else what stands first; and it reads the colour from the caption."""
     asked: list[str] = []

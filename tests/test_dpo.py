@@ -367,6 +367,7 @@ def frozen_soft() -> Captioner:
     return captioner
 
 
+@pytest.mark.slow
 def test_ten_steps(pairs: list[Pair], folder: Path, tmp_path: Path) -> None:
     captioner = frozen_soft()
     before = state(captioner)
@@ -464,6 +465,7 @@ def test_alarm_of_a_loss_that_is_not_finite_keeps_the_checkpoint_to_go_on_from(
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6, msg=name)
 
 
+@pytest.mark.slow
 def test_alarm_of_drift(pairs: list[Pair], folder: Path, tmp_path: Path) -> None:
     captioner = frozen_soft()
     renderer = render.Renderer(captioner, ViewsConfig())

@@ -55,6 +55,7 @@ def same(ours: list[Candidate], theirs: list[Candidate]) -> None:
 # ---- captions
 
 
+@pytest.mark.slow
 def test_greedy_equals_generate(captioner: Captioner) -> None:
     ours = engine(captioner)
     never = [i for i in captioner.tokenizer.all_special_ids if i not in ours._words.stops]
@@ -298,6 +299,7 @@ def test_questions_together_equal_the_plain_forward_pass(captioner: Captioner) -
     assert len({round(a.p_yes, 4) for row in answers for a in row}) > 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
 def test_answers_do_not_depend_on_the_batch(captioner: Captioner, batch_size: int) -> None:
     batches = [QuestionBatch(r.image, QUESTIONS[: 1 + i % 4]) for i, r in enumerate(requests())]

@@ -57,6 +57,7 @@ def reload(folder: Path, captioner: Captioner) -> Captioner:
     return model.load(ModelConfig.model_validate(settings))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 def test_fused_is_the_same_function(
@@ -186,6 +187,7 @@ def test_untied_head(tmp_path: Path) -> None:
     assert (state["lm_head.weight"][-3:] == 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rounds(family: str, tmp_path: Path) -> None:
     """Load what was exported, add an adapter, train, export again; the soft prompt travels along."""
@@ -300,6 +302,7 @@ def test_export_command_writes_the_runs_captioner(tmp_path: Path) -> None:
     assert checkpoint.stored_dtype(tmp_path / "out") == "float64"
 
 
+@pytest.mark.slow
 def test_export_command_verifies_and_tells_of_the_training(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -334,6 +337,7 @@ def test_export_command_verifies_and_tells_of_the_training(
     assert "differ by at most 0 of" in capsys.readouterr().out  # it was a stock checkpoint before
 
 
+@pytest.mark.slow
 def test_sequential_adapters_are_trained_and_not_exported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -86,6 +86,7 @@ def nonsense(key: str) -> list[str]:
     return list(photographs.NONSENSE[: len(KNOWN[key]["facts"])])
 
 
+@pytest.mark.slow
 def test_nonsense_without_a_judge_is_refused(setting: Setting) -> None:
     run, _ = setting(facts, nonsense)
     with pytest.raises(Refused) as refusal:
@@ -100,6 +101,7 @@ def test_nonsense_without_a_judge_is_refused(setting: Setting) -> None:
     assert run.newest_captioner() == run.captioner_dir(0)
 
 
+@pytest.mark.slow
 def test_a_round_is_accepted_unjudged_on_the_users_word(
     setting: Setting, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -113,6 +115,7 @@ def test_a_round_is_accepted_unjudged_on_the_users_word(
     assert "Gate: promoted unjudged" in render_html(report.collect(run, 12))
 
 
+@pytest.mark.slow
 def test_the_users_word_is_no_word_for_loops(setting: Setting) -> None:
     run, _ = setting(facts, lambda key: facts(key)[:3] * 2)
     with pytest.raises(Refused, match="repeated share"):
@@ -259,6 +262,7 @@ def test_a_verifier_decides(
     assert "judge: verifier" in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.slow
 def test_few_photographs_do_not_outweigh_the_assumed_rate(
     setting: Setting, judge: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -647,6 +647,7 @@ def test_the_closing_counts_are_those_of_the_rows(finished: Path, capsys: pytest
     assert sum(without.values()) + len(with_pair) == IMAGES - 1
 
 
+@pytest.mark.slow
 def test_the_rows_of_an_image_do_not_depend_on_its_shard(ready: Path, finished: Path, tmp_path: Path) -> None:
     home = copy_of(ready, tmp_path)
     loop.golden(home / "run", config_of(home, golden={"shard_rows": 4}), 1)
@@ -840,6 +841,7 @@ def test_planted_claims_are_balanced_and_judged() -> None:
     assert {"stated", "swap"} == {claim_["stratum"] for claim_ in claims}
 
 
+@pytest.mark.slow
 def test_a_good_verifier_passes(scenes_home: tuple[Path, dict[str, bool]]) -> None:
     home, _ = scenes_home
     loop.golden(home / "run", gate_config(home), 1)
@@ -935,6 +937,7 @@ def test_a_verifier_that_is_wrong_throughout_stops_the_round(
     loop.golden(home / "run", gate_config(home), 1, redo=True)
 
 
+@pytest.mark.slow
 def test_a_human_checked_file_is_the_judge(scenes_home: tuple[Path, dict[str, bool]], tmp_path: Path) -> None:
     home, turned = scenes_home
     folder = tmp_path / "checked"
@@ -954,6 +957,7 @@ def test_a_human_checked_file_is_the_judge(scenes_home: tuple[Path, dict[str, bo
     assert verifier_of(home)["planted"]["kind color"]["accuracy"] == 0
 
 
+@pytest.mark.slow
 def test_without_planted_claims_the_held_out_questions_judge(fresh: Path) -> None:
     give_verifier(fresh, {"all": 0.9, "kind object": 0.5, "stratum swap": 0.1, "blind": 0.5})
     loop.golden(
@@ -1050,6 +1054,7 @@ def test_too_many_failures_are_refused_and_the_limit_lets_them_through(fresh: Pa
     assert len(failures_of(fresh, "candidates")) == 1
 
 
+@pytest.mark.slow
 def test_a_mutant_tool_loses_no_image_and_stops_with_a_count(fresh: Path) -> None:
     """Over HTTP: random bytes, nonsense in good JSON, megabytes, empty lists, errors, silence, some sense."""
     from tests.http_stand_in import StandIn, prompt_of

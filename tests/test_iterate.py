@@ -187,6 +187,7 @@ def test_iterate_promotes_and_resumes(run: Run, monkeypatch: pytest.MonkeyPatch)
     assert sorted(StandIn.loaded) == ["lies", "oracle"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("style", "reason"), [("lies", "hallucinated"), ("half", "recall"), ("endless", "ended")]
 )
@@ -254,6 +255,7 @@ def test_flags_reach_every_step(run: Run, monkeypatch: pytest.MonkeyPatch) -> No
     assert seen == [(run.path, 1, {"redo": True, "gpus": 4})] * 2
 
 
+@pytest.mark.slow
 def test_report_of_a_run(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RunError, match="captioner sft"):
         report.report(run, run.config)

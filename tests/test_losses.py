@@ -85,6 +85,7 @@ def compare(name: str, out: Path) -> None:
     assert losses == pytest.approx([float(line) for line in path.read_text().split()], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_sft(tmp_path: Path) -> None:
     captioner = start(AdapterTuning(vision_width=4, language_width=4), soft=4)
     settings = SFTConfig(columns=("shorthand", "questions"), questions_per_image=3, multi_view_share=0.5)
@@ -94,6 +95,7 @@ def test_sft(tmp_path: Path) -> None:
     compare("sft", tmp_path)
 
 
+@pytest.mark.slow
 def test_qa(tmp_path: Path) -> None:
     captioner = start(AdapterTuning(vision_width=0, language_width=4), soft=0)
     images = qa.training_images(rows(), QAConfig(questions_per_image=4))
@@ -102,6 +104,7 @@ def test_qa(tmp_path: Path) -> None:
     compare("qa", tmp_path)
 
 
+@pytest.mark.slow
 def test_dpo(tmp_path: Path) -> None:
     captioner = start(AdapterTuning(vision_width=4, language_width=4), soft=0)
     dpo = DPOConfig(beta=0.3, ce_weight=0.7, alarms=AlarmsConfig(every=0, chosen_below=0))

@@ -53,6 +53,7 @@ def test_checkpoint_is_stock_and_loads_back(family: str, tmp_path: Path) -> None
     assert plain(**fed).logits.shape == (1, fed["input_ids"].shape[1], len(tokenizer()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
     "grids", [[[1, 8, 8]] * 6, [[1, 8, 8], [1, 4, 12], [1, 8, 8]], [[2, 4, 4]], [[1, 6, 6]]]

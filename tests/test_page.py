@@ -103,6 +103,7 @@ def test_memory_and_page_do_not_grow_with_the_job() -> None:
     assert summary.parts == set(range(40)) and summary.values()["parts"] == [(0, 39)]
 
 
+@pytest.mark.slow
 def test_a_job_in_pieces_has_the_page_of_a_whole_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The sample, the lengths and the repeated captions; a part that is made again is counted anew."""
     monkeypatch.setattr(
@@ -129,6 +130,7 @@ def test_a_job_in_pieces_has_the_page_of_a_whole_one(tmp_path: Path, monkeypatch
     assert written(again).summary.values() == written(whole).summary.values()
 
 
+@pytest.mark.slow
 def test_thumbnails_stay_a_hundred(tmp_path: Path) -> None:
     output = Output(tmp_path)
     for part in range(4):

@@ -44,6 +44,7 @@ def run(tmp_path: Path) -> Run:
     return run
 
 
+@pytest.mark.slow
 def test_trl_trains_on_it(run: Run, tmp_path: Path) -> None:
     out = preferences(run, Config(max_failed=0.4), out=tmp_path / "pairs")
     rows = load_dataset(

@@ -208,6 +208,7 @@ def test_calibrated_answers_have_no_calibration_error() -> None:
     assert qa.accuracy(answers).calibration_error == pytest.approx(0)
 
 
+@pytest.mark.slow
 def test_qa_command(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     config = Config(
@@ -261,6 +262,7 @@ def test_qa_command(tmp_path: Path) -> None:
     assert set(manifest["asked_again"]) == {"view", "wording"}
 
 
+@pytest.mark.slow
 def test_the_judge_learns_from_the_base_and_from_other_images(tmp_path: Path) -> None:
     """Where nothing else tells what is true at the gate, the QA images are halved: no image serves both."""
     from captioner.judges import asking

@@ -207,6 +207,7 @@ def test_any_json_gives_rows_or_counts(tmp_path_factory: pytest.TempPathFactory,
     assert all(row.questions for row in used)
 
 
+@pytest.mark.slow
 def test_a_verifier_learns_from_a_question_file(tmp_path: Path) -> None:
     """One question an image: no image has a balanced pair, the set as a whole has."""
     folder = tmp_path / "asked"

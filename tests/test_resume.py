@@ -142,6 +142,7 @@ def test_faults_of_the_world_are_tried_again_and_those_of_images_are_not(
     assert Output(job.out).tally.failed == 2 and len(job.rows) == 10
 
 
+@pytest.mark.slow
 def test_a_server_that_answers_nobody_stops_the_job_and_spoils_no_row(job: Job) -> None:
     for number in range(100, 200):
         job.picture(f"{number}.png", number)

@@ -75,6 +75,7 @@ def test_work_is_spread() -> None:
         assert min(len(one.requests), len(two.requests)) >= 5
 
 
+@pytest.mark.slow
 def test_another_try_after_a_failure_and_no_more_than_allowed() -> None:
     replies: list[Reply] = [(503, b"busy"), (200, b"\xff\x00nonsense"), YES]
     with StandIn(lambda body: replies.pop(0) if "question" in prompt_of(body) else YES) as server:

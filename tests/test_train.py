@@ -119,6 +119,7 @@ def test_loss_is_cross_entropy_of_the_answers(rows: list[ImageRow], tmp_path: Pa
     torch.testing.assert_close(loss, total / tokens, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_training_leaves_the_models_forward_and_special_tokens(
     rows: list[ImageRow], tmp_path: Path
 ) -> None:
@@ -193,6 +194,7 @@ def test_resumed_run_equals_an_uninterrupted_one(
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6, msg=name)
 
 
+@pytest.mark.slow
 def test_checkpoints_hold_no_pickle_and_no_base(rows: list[ImageRow], tmp_path: Path) -> None:
     captioner = prepared()
     sft(captioner, rows, tmp_path)
@@ -280,6 +282,7 @@ def test_validation_loss_is_token_weighted(rows: list[ImageRow]) -> None:
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_learned_from_is_found_before_the_first_step(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -321,6 +324,7 @@ def test_epochs_become_steps(epochs: float | None, images: int, processes: int, 
     assert fit.by_steps(training, images, processes).max_steps == steps
 
 
+@pytest.mark.slow
 def test_sft_command(tmp_path: Path) -> None:
     tiny_checkpoint(tmp_path / "base")
     config = Config(
@@ -404,6 +408,7 @@ def test_validation_makes_no_logits_of_every_token(rows: list[ImageRow]) -> None
     assert seen == []
 
 
+@pytest.mark.slow
 def test_early_stop_keeps_the_best(
     rows: list[ImageRow], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -446,6 +451,7 @@ def test_a_validation_missed_by_a_killed_process_is_made_up_for(rows: list[Image
     assert first == pytest.approx([line["loss"] for line in lines if "loss" in line], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_tracker_gets_what_metrics_jsonl_gets(
     rows: list[ImageRow], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -468,6 +474,7 @@ def test_a_tracker_gets_what_metrics_jsonl_gets(
         assert [logs[name] for logs in told if name in logs] == logged(tmp_path, name)
 
 
+@pytest.mark.slow
 def test_bfloat16_weights_train_in_float32_and_nothing_else_does(
     rows: list[ImageRow], tmp_path: Path
 ) -> None:

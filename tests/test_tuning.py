@@ -97,6 +97,7 @@ def test_frozen_stays_trainable_moves_and_the_export_is_the_same(
     assert torch.equal(logits(captioner, fed(captioner)), expected)  # exporting changes nothing
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["lora", "dora", "vera", "lora and merger", "adapters in some layers"])
 def test_float32_export_and_saved_adapter(name: str, tmp_path: Path) -> None:
     captioner = tiny_checkpoint(tmp_path / "base")

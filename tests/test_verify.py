@@ -176,6 +176,7 @@ def test_without_a_verifier(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_bulk_captions_are_checked_by_the_verifier_of_the_run(tmp_path: Path, run: Path) -> None:
     images = photographs.copy(tmp_path / "set")
     captioner = tiny.tiny_checkpoint(tmp_path / "captioner", seed=2).path

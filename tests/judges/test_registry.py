@@ -32,6 +32,7 @@ def test_the_page_speaks_of_every_benchmark() -> None:
     assert [name for name in BENCHMARKS if f"`{name}`" not in page] == []
 
 
+@pytest.mark.slow
 def test_no_torch_is_loaded() -> None:
     program = "import sys, captioner.judges.registry; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

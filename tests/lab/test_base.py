@@ -41,6 +41,7 @@ def pool(renderer):
     return draw_pool(renderer, "pretrain", 6, seed=9, labels=True)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("views", [range(1), range(6), range(1, 6)])
 def test_the_packed_forward_is_the_stock_one(captioner, renderer, pool, views):
